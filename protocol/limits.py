@@ -1,0 +1,30 @@
+"""Every number that bounds what a stranger can make us hold, in one place. Sizes are bytes."""
+
+VERSION = 1
+CHUNK = 4096  # values in a chunk; the last chunk of a tensor may be shorter
+BLOCK_CHUNKS = 1024  # chunks whose gap bytes are counted together, so that decoding can run in parallel
+FRAME_BYTES = 1 << 20  # one message of a bulk stream, and the target raw size of a transport frame
+PIECE_BYTES = 4 << 20  # one leaf of the state root
+
+GRID_BITS = 38  # dequantized values are integers in units of 2^-38
+SCALE_FIELD_MIN = 97  # bfloat16 exponent field of 2^-30
+SCALE_FIELD_MAX = 129  # so that every value is below 8
+RATIO_STEPS = 64
+WEIGHT_UNIT = 1024  # the weight of a packet with the run's nominal tokens
+WEIGHT_MAX = 4096
+CLIP_ONE = 65536
+ALPHA_ONE = 65536
+ALPHA_MAX = 1 << 18
+CONTRIBUTORS_MAX = 1024
+
+TENSORS_MAX = 1 << 14
+TENSOR_NAME_BYTES_MAX = 200
+DIMENSIONS_MAX = 8
+VALUES_MAX = 1 << 40
+RUN_BYTES_MAX = 4 << 20
+RECORD_ENTRIES_MAX = 4096
+RECORD_BYTES_MAX = 1 << 20
+DHT_VALUE_BYTES_MAX = 1024
+DHT_TTL_S_MIN = 30
+DHT_TTL_S_MAX = 1800
+INVITE_CHARS_MAX = 2048
