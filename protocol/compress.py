@@ -1,0 +1,122 @@
+"""Error feedback, top-k and two-bit quantization: the reference that every faster path equals bit for bit (SPEC 4).
+
+Algorithm: SparseLoCo (arXiv 2508.15706). The quantizer is ours: per chunk the integer mean of the large kept
+magnitudes, and the ratio of the mean of the small ones to it.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.layout import kept
+from protocol.limits import CHUNK, GRID_BITS, RATIO_STEPS, SCALE_FIELD_MAX, SCALE_FIELD_MIN
+from protocol.packing import SparseTensor
+
+_BATCH_CHUNKS = 256  # chunks worked on at once: a Python step per million values, and some tens of MB of scratch
+
+Quantized = tuple[NDArray[np.uint16], NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint8]]
+
+
+def error_feedback(
+    residual: NDArray[np.float32], outer: NDArray[np.float32], local: NDArray[np.float32], beta: float
+) -> NDArray[np.float32]:  # all f32[N]
+    """Return acc = beta * residual + (outer - local), each operation rounded once to float32 and none fused."""
+    return np.float32(beta) * residual + (outer - local)
+
+
+def compress(
+    acc: NDArray[np.float32], k: int, code_bits: int
+) -> tuple[SparseTensor, NDArray[np.float32]]:  # acc: f32[N]
+    """Keep and quantize the largest values of each chunk of one tensor; return them and the residual (f32[N]).
+
+    The residual is what was not sent: acc minus the dequantized values. Raises ValueError on NaN or infinity, because
+    a peer that diverged has nothing to contribute.
+    """
+    assert acc.dtype == np.float32 and acc.ndim == 1 and acc.size > 0
+    assert 1 <= k <= CHUNK and code_bits in (1, 2)
+    if not np.isfinite(acc).all():
+        raise ValueError("the pseudo-gradient holds NaN or infinity: training diverged; lower the learning rate")
+    full = acc.size // CHUNK * CHUNK
+    parts: list[Quantized] = []
+    for start in range(0, full, _BATCH_CHUNKS * CHUNK):
+        rows = acc[start : min(start + _BATCH_CHUNKS * CHUNK, full)].reshape(-1, CHUNK)
+        parts.append(_quantize(rows, start, k, code_bits))
+    if full < acc.size:
+        rows = acc[full:].reshape(1, -1)
+        parts.append(_quantize(rows, full, kept(acc.size - full, k), code_bits))
+    scales, ratios, indices, codes = zip(*parts, strict=True)
+    sparse = SparseTensor(
+        acc.size, np.concatenate(scales), np.concatenate(ratios), np.concatenate(indices), np.concatenate(codes)
+    )
+    residual = acc.copy()
+    residual[sparse.indices] -= to_float32(dequantize(sparse))
+    return sparse, residual
+
+
+def _select(magnitudes: NDArray[np.uint32], count: int) -> NDArray[np.int64]:  # u32[c, L] -> i64[c, count]
+    """Columns of the `count` largest of each row, ascending; of equal magnitudes the lowest column comes first."""
+    length = magnitudes.shape[1]
+    keys = magnitudes.astype(np.int64) << 12 | np.arange(CHUNK - 1, CHUNK - 1 - length, -1)
+    least = np.partition(keys, length - count, axis=1)[:, length - count]
+    return np.nonzero(keys >= least[:, None])[1].reshape(-1, count)
+
+
+def _bit_length(values: NDArray[np.int64]) -> NDArray[np.int64]:  # i64[n], below 2^53
+    """Bits of each value; 0 for 0."""
+    exponents: NDArray[np.int64] = np.frexp(values.astype(np.float64))[1].astype(np.int64)
+    return exponents
+
+
+def _quantize(rows: NDArray[np.float32], start: int, count: int, code_bits: int) -> Quantized:  # rows: f32[c, L]
+    """Keep `count` values of each of these chunks of equal length, which start at flat position `start`."""
+    bits = rows.view(np.uint32)
+    columns = _select(bits & np.uint32(0x7FFFFFFF), count)
+    sent = np.take_along_axis(bits, columns, axis=1).astype(np.int64)
+    field = sent >> 23 & 0xFF
+    exponent = np.maximum(field, 1)
+    mantissa = sent & 0x7FFFFF | (field > 0).astype(np.int64) << 23
+    top = exponent.max(axis=1)
+    fixed = mantissa << 6 >> np.minimum(top[:, None] - exponent, 30)  # unit 2^(top - 156)
+
+    total = fixed.sum(axis=1)
+    is_high = fixed * count > total[:, None]
+    is_high |= ~is_high.any(axis=1, keepdims=True) | (code_bits == 1)
+    high_count = is_high.sum(axis=1)
+    high_sum = (fixed * is_high).sum(axis=1)
+    high = high_sum // high_count
+    low = (total - high_sum) // np.maximum(count - high_count, 1)
+
+    drop = np.maximum(_bit_length(high) - 8, 0)
+    digits = high + (1 << drop >> 1) >> drop
+    carry = digits == 256
+    digits, drop = np.where(carry, 128, digits), drop + carry
+    scale_field = top + drop - 22
+    scale = np.maximum(digits << drop, 1)
+    ratio = np.clip(RATIO_STEPS - (128 * low + scale) // (2 * scale), 0, RATIO_STEPS - 1)
+    ratio[high_count == count] = 0
+
+    present = scale_field >= SCALE_FIELD_MIN
+    over = scale_field > SCALE_FIELD_MAX
+    scale_bits = np.where(over, SCALE_FIELD_MAX << 7 | 127, scale_field << 7 | digits & 127)
+    codes = sent >> 31 | (~is_high & (ratio > 0)[:, None]).astype(np.int64) << 1
+    flat = columns + (start + np.arange(len(rows)) * rows.shape[1])[:, None]
+    return (
+        np.where(present, scale_bits, 0).astype(np.uint16),
+        np.where(present, ratio, 0).astype(np.uint8),
+        flat[present].reshape(-1),
+        codes[present].reshape(-1).astype(np.uint8),
+    )
+
+
+def dequantize(sparse: SparseTensor) -> NDArray[np.int64]:  # -> i64[m]
+    """The sent values as integers in units of 2^-38, each below 2^41 in magnitude and never 0."""
+    scales = sparse.scales.astype(np.int64)
+    high = (scales & 127 | 128) << np.maximum((scales >> 7) - (SCALE_FIELD_MIN - 1), 0)
+    low = high * (RATIO_STEPS - sparse.ratios.astype(np.int64)) >> 6
+    chunks = sparse.indices // CHUNK
+    magnitudes = np.where(sparse.codes & 2, low[chunks], high[chunks])
+    return np.where(sparse.codes & 1, -magnitudes, magnitudes)
+
+
+def to_float32(grid: NDArray[np.int64]) -> NDArray[np.float32]:  # i64[m] -> f32[m]
+    """Grid integers as float32; exact for dequantized values, which have at most 14 significant bits."""
+    return grid.astype(np.float32) * np.float32(2.0**-GRID_BITS)
