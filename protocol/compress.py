@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from protocol.layout import kept
 from protocol.limits import CHUNK, GRID_BITS, RATIO_STEPS, SCALE_FIELD_MAX, SCALE_FIELD_MIN
-from protocol.packing import SparseTensor
+from protocol.packing import SCALE_MAX, SparseTensor
 
 _BATCH_CHUNKS = 256  # chunks worked on at once: a Python step per million values, and some tens of MB of scratch
 
@@ -55,12 +55,12 @@ def compress(
 def _select(magnitudes: NDArray[np.uint32], count: int) -> NDArray[np.int64]:  # u32[c, L] -> i64[c, count]
     """Columns of the `count` largest of each row, ascending; of equal magnitudes the lowest column comes first."""
     length = magnitudes.shape[1]
-    keys = magnitudes.astype(np.int64) << 12 | np.arange(CHUNK - 1, CHUNK - 1 - length, -1)
+    keys = magnitudes.astype(np.int64) * CHUNK + np.arange(CHUNK - 1, CHUNK - 1 - length, -1)
     least = np.partition(keys, length - count, axis=1)[:, length - count]
     return np.nonzero(keys >= least[:, None])[1].reshape(-1, count)
 
 
-def _bit_length(values: NDArray[np.int64]) -> NDArray[np.int64]:  # i64[n], below 2^53
+def bit_length(values: NDArray[np.int64]) -> NDArray[np.int64]:  # i64[n], below 2^53
     """Bits of each value; 0 for 0."""
     exponents: NDArray[np.int64] = np.frexp(values.astype(np.float64))[1].astype(np.int64)
     return exponents
@@ -71,11 +71,11 @@ def _quantize(rows: NDArray[np.float32], start: int, count: int, code_bits: int)
     bits = rows.view(np.uint32)
     columns = _select(bits & np.uint32(0x7FFFFFFF), count)
     sent = np.take_along_axis(bits, columns, axis=1).astype(np.int64)
-    field = sent >> 23 & 0xFF
+    field = (sent >> 23) & 0xFF
     exponent = np.maximum(field, 1)
-    mantissa = sent & 0x7FFFFF | (field > 0).astype(np.int64) << 23
+    mantissa = (sent & 0x7FFFFF) + (field > 0) * (1 << 23)
     top = exponent.max(axis=1)
-    fixed = mantissa << 6 >> np.minimum(top[:, None] - exponent, 30)  # unit 2^(top - 156)
+    fixed = (mantissa << 6) >> np.minimum(top[:, None] - exponent, 30)  # unit 2^(top - 156)
 
     total = fixed.sum(axis=1)
     is_high = fixed * count > total[:, None]
@@ -85,8 +85,8 @@ def _quantize(rows: NDArray[np.float32], start: int, count: int, code_bits: int)
     high = high_sum // high_count
     low = (total - high_sum) // np.maximum(count - high_count, 1)
 
-    drop = np.maximum(_bit_length(high) - 8, 0)
-    digits = high + (1 << drop >> 1) >> drop
+    drop = np.maximum(bit_length(high) - 8, 0)
+    digits = (high + ((1 << drop) >> 1)) >> drop
     carry = digits == 256
     digits, drop = np.where(carry, 128, digits), drop + carry
     scale_field = top + drop - 22
@@ -96,8 +96,8 @@ def _quantize(rows: NDArray[np.float32], start: int, count: int, code_bits: int)
 
     present = scale_field >= SCALE_FIELD_MIN
     over = scale_field > SCALE_FIELD_MAX
-    scale_bits = np.where(over, SCALE_FIELD_MAX << 7 | 127, scale_field << 7 | digits & 127)
-    codes = sent >> 31 | (~is_high & (ratio > 0)[:, None]).astype(np.int64) << 1
+    scale_bits = np.where(over, SCALE_MAX, (scale_field << 7) + (digits & 127))
+    codes = (sent >> 31) + 2 * (~is_high & (ratio > 0)[:, None])
     flat = columns + (start + np.arange(len(rows)) * rows.shape[1])[:, None]
     return (
         np.where(present, scale_bits, 0).astype(np.uint16),
@@ -110,11 +110,12 @@ def _quantize(rows: NDArray[np.float32], start: int, count: int, code_bits: int)
 def dequantize(sparse: SparseTensor) -> NDArray[np.int64]:  # -> i64[m]
     """The sent values as integers in units of 2^-38, each below 2^41 in magnitude and never 0."""
     scales = sparse.scales.astype(np.int64)
-    high = (scales & 127 | 128) << np.maximum((scales >> 7) - (SCALE_FIELD_MIN - 1), 0)
-    low = high * (RATIO_STEPS - sparse.ratios.astype(np.int64)) >> 6
+    high = ((scales & 127) + 128) << np.maximum((scales >> 7) - (SCALE_FIELD_MIN - 1), 0)
+    low = (high * (RATIO_STEPS - sparse.ratios.astype(np.int64))) >> 6
     chunks = sparse.indices // CHUNK
     magnitudes = np.where(sparse.codes & 2, low[chunks], high[chunks])
-    return np.where(sparse.codes & 1, -magnitudes, magnitudes)
+    grid: NDArray[np.int64] = np.where(sparse.codes & 1, -magnitudes, magnitudes)
+    return grid
 
 
 def to_float32(grid: NDArray[np.int64]) -> NDArray[np.float32]:  # i64[m] -> f32[m]

@@ -15,6 +15,8 @@ WEIGHT_MAX = 4096
 CLIP_ONE = 65536
 ALPHA_ONE = 65536
 ALPHA_MAX = 1 << 18
+EXPONENT_MAX = 37  # the largest merged value, (255 << 33) * 4, needs no more
+TOKENS_MAX = 1 << 48  # tokens in one packet, so that tokens * WEIGHT_UNIT stays far inside 64 bits
 CONTRIBUTORS_MAX = 1024
 
 TENSORS_MAX = 1 << 14

@@ -4,15 +4,16 @@ Both kinds have the same five parts: a head per chunk, an extra byte per chunk, 
 chunks, the gap bytes themselves, and the values. `SectionForm` holds what differs. Nothing here loops over chunks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protocol.errors import Code, ProtocolError
-from protocol.identity import Buffer
-from protocol.layout import chunk_lengths, kept, kept_per_chunk
-from protocol.limits import BLOCK_CHUNKS, CHUNK, RATIO_STEPS, SCALE_FIELD_MAX, SCALE_FIELD_MIN
+from protocol.identity import Buffer, merkle_root
+from protocol.layout import Layout, chunk_lengths, kept, kept_per_chunk
+from protocol.limits import BLOCK_CHUNKS, CHUNK, RATIO_STEPS, SCALE_FIELD_MAX, SCALE_FIELD_MIN, VERSION
 
 SCALE_MIN = SCALE_FIELD_MIN << 7  # as bfloat16 bits
 SCALE_MAX = SCALE_FIELD_MAX << 7 | 0x7F
@@ -66,6 +67,12 @@ class SectionForm:
         count = full * kept(CHUNK, self.k) + kept(tail, self.k)
         return self.fixed_bytes(size) + self.gap_bytes_max(size) + self.value_bytes(count)
 
+    def check_length(self, length: int, size: int) -> None:
+        """Raise ProtocolError TOO_LARGE when a section of `length` bytes is beyond its bound."""
+        if length > self.section_bytes_max(size):
+            bound = self.section_bytes_max(size)
+            raise ProtocolError(Code.TOO_LARGE, f"the section has {length} bytes, at most {bound} are possible")
+
     def _chunk_gap_bytes_max(self, length: int) -> int:
         count = kept(length, self.k)
         return count + (length - count) // _CONTINUE
@@ -115,6 +122,39 @@ def split_section(data: Buffer, size: int, form: SectionForm) -> tuple[Section, 
     gaps = np.frombuffer(data, np.uint8, gap_bytes, form.fixed_bytes(size))
     values = np.frombuffer(data, np.uint8, value_bytes, form.fixed_bytes(size) + gap_bytes)
     return Section(heads, extras, blocks, gaps, values), counts
+
+
+def check_header(data: Buffer, magic: bytes, size: int) -> None:
+    """Check what headers of packets and updates share: magic, version, length, reserved field.
+
+    Raises ProtocolError BAD_MAGIC, TRUNCATED, VERSION, TRAILING or RESERVED.
+    """
+    if data[:4] != magic:
+        raise ProtocolError(Code.BAD_MAGIC, f"these bytes do not begin with {magic.decode('ascii')}")
+    if len(data) < 8:
+        raise ProtocolError(Code.TRUNCATED, f"the header has {len(data)} bytes, not {size}")
+    version = int.from_bytes(data[4:6], "little")
+    if version != VERSION:
+        raise ProtocolError(Code.VERSION, f"the header has version {version}, this program reads {VERSION}")
+    if len(data) != size:
+        code = Code.TRUNCATED if len(data) < size else Code.TRAILING
+        raise ProtocolError(code, f"the header has {len(data)} bytes, not {size}")
+    if data[6:8] != b"\0\0":
+        raise ProtocolError(Code.RESERVED, "the reserved field of the header is not zero")
+
+
+def check_sections(sections: Sequence[bytes], layout: Layout, form: SectionForm, root: bytes) -> None:
+    """Check that there is one section a tensor, each within its bound, and that their Merkle root is `root`.
+
+    Raises ProtocolError TRUNCATED, TRAILING, TOO_LARGE or BAD_MERKLE.
+    """
+    if len(sections) != len(layout.tensors):
+        code = Code.TRUNCATED if len(sections) < len(layout.tensors) else Code.TRAILING
+        raise ProtocolError(code, f"there are {len(sections)} sections for {len(layout.tensors)} tensors")
+    for section, tensor in zip(sections, layout.tensors, strict=True):
+        form.check_length(len(section), tensor.size)
+    if merkle_root(sections) != root:
+        raise ProtocolError(Code.BAD_MERKLE, "the sections are not those that the header names")
 
 
 def encode_gaps(indices: NDArray[np.int64], size: int) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
