@@ -1,0 +1,293 @@
+"""A peer's side of the link to one aggregator (SPEC 9). The peer dials out; nothing ever connects to it. Bytes only."""
+
+import asyncio
+import os
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+
+from peer.net.errors import LinkError, LinkFailure, from_rpc
+from peer.net.messages import (
+    DIGEST_BYTES,
+    MESSAGE_BYTES_MAX,
+    NO_CERTIFICATE,
+    NONCE_BYTES,
+    SERVICE,
+    SESSION_BYTES,
+    ReceiptMsg,
+    RoundClosed,
+    RoundEvent,
+    RoundOpened,
+    transcript,
+)
+from peer.net.pb import swarm_pb2 as pb
+from peer.net.tls import NAME, Endpoint, fingerprint_of, probe
+from protocol.errors import Code, ProtocolError
+from protocol.identity import PrivateKey, verify
+from protocol.limits import FRAME_BYTES, RECORD_BYTES_MAX, VERSION
+
+_STALL_S = 120.0  # a submit or fetch that moves nothing for so long is given up, though the connection seems alive
+_KEEPALIVE_S = 5.0
+_KEEPALIVE_TIMEOUT_S = 10.0
+_CLOSES_IN_MS_MAX = 7 * 24 * 3600 * 1000
+
+
+class Link:
+    """One joined session with one aggregator. Made by `Link.open`; every call raises LinkError or ProtocolError."""
+
+    def __init__(self, address: str, certificate_sha256: bytes, control: grpc.aio.Channel, bulk: grpc.aio.Channel):
+        self.address = address
+        self.certificate_sha256 = certificate_sha256
+        self.aggregator = b""
+        self.head_record = b""
+        self._session = b""
+        self._silence_s = 0.0
+        self._control = control
+        self._bulk = bulk
+
+    @classmethod
+    async def open(
+        cls,
+        address: str,
+        *,
+        run_id: bytes,
+        key: PrivateKey,
+        expect_aggregators: Collection[bytes],
+        certificate_sha256: bytes | None,
+        plaintext: bool = False,
+        timeout_s: float = 15.0,
+        silence_s: float = 15.0,
+    ) -> Self:
+        """Connect to "host:port", check who answers, and join the run with `key`.
+
+        `certificate_sha256` is the fingerprint that an invite or a signed record promised; without one the join's
+        signatures still tie the connection to one of `expect_aggregators`. A watch that hears nothing for `silence_s`
+        counts as cut. Raises LinkError (unreachable, wrong certificate) or ProtocolError (other run, other version,
+        refused, not one of the aggregators).
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                endpoint = await probe(address, plaintext=plaintext, timeout_s=timeout_s)
+                found = fingerprint_of(endpoint.certificate_der) if endpoint.certificate_der else NO_CERTIFICATE
+                if certificate_sha256 is not None and not plaintext and found != certificate_sha256:
+                    reason = (
+                        f"{address} shows certificate {found.hex()[:16]}, promised was {certificate_sha256.hex()[:16]}:"
+                        " it was set up anew (ask for a new invite) or somebody is in between"
+                    )
+                    raise LinkError(LinkFailure.CERTIFICATE, reason, retryable=False)
+                link = cls(address, found, _channel(endpoint, keepalive=True), _channel(endpoint, keepalive=False))
+                link._silence_s = silence_s
+                try:
+                    await link._join(run_id, key, expect_aggregators)
+                except BaseException:
+                    await link.close()
+                    raise
+                return link
+        except TimeoutError:
+            reason = f"{address} did not complete the join within {timeout_s:g} s"
+            raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True) from None
+
+    async def _join(self, run_id: bytes, key: PrivateKey, expect_aggregators: Collection[bytes]) -> None:
+        call: Any = self._control.stream_stream(
+            f"/{SERVICE}/Join", pb.JoinRequest.SerializeToString, pb.JoinReply.FromString
+        )()
+        try:
+            nonce = os.urandom(NONCE_BYTES)
+            hello = pb.Hello(version=VERSION, run_id=run_id, peer=key.public, nonce=nonce)
+            await call.write(pb.JoinRequest(hello=hello))
+            challenge = _step(await call.read(), "challenge").challenge
+            if challenge.aggregator not in expect_aggregators:
+                raise ProtocolError(
+                    Code.NOT_AN_AGGREGATOR, f"{self.address} is run by a key that the run does not name"
+                )
+            if len(challenge.nonce) != NONCE_BYTES:
+                raise ProtocolError(Code.BAD_MESSAGE, f"a nonce has {NONCE_BYTES} bytes")
+            text = transcript(run_id, key.public, nonce, challenge.nonce, self.certificate_sha256)
+            verify(challenge.aggregator, "join-aggregator", text, challenge.signature)
+            signature = key.sign("join-peer", text + challenge.aggregator)
+            await call.write(pb.JoinRequest(proof=pb.Proof(signature=signature)))
+            welcome = _step(await call.read(), "welcome").welcome
+            await call.done_writing()
+        except asyncio.InvalidStateError:
+            # A write after the server has ended the call; its status says why.
+            raise await self._status_error(call) from None
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self.address) from None
+        finally:
+            call.cancel()
+        if len(welcome.session) != SESSION_BYTES or len(welcome.head_record) > RECORD_BYTES_MAX:
+            raise ProtocolError(Code.BAD_MESSAGE, "the welcome is malformed")
+        self.aggregator, self._session, self.head_record = challenge.aggregator, welcome.session, welcome.head_record
+
+    async def _status_error(self, call: Any) -> LinkError | ProtocolError:
+        error = grpc.aio.AioRpcError(
+            await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+        )
+        return from_rpc(error, self.address)
+
+    async def watch(self) -> AsyncGenerator[RoundEvent, None]:
+        """Rounds as they open and close. Ends when the aggregator has nothing more to say."""
+        call: Any = self._control.unary_stream(
+            f"/{SERVICE}/Watch", pb.WatchRequest.SerializeToString, pb.RoundEvent.FromString
+        )(pb.WatchRequest(session=self._session))
+        try:
+            while True:
+                async with asyncio.timeout(self._silence_s):
+                    message = await call.read()
+                if not isinstance(message, pb.RoundEvent):
+                    return
+                event = _event(message)
+                if event is not None:
+                    yield event
+        except TimeoutError:
+            reason = f"{self.address} has been silent for {self._silence_s:g} s"
+            raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True) from None
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self.address) from None
+        finally:
+            call.cancel()
+
+    async def submit(self, digest: bytes, data: bytes) -> ReceiptMsg:
+        """Send a packet's wire bytes and wait for the receipt. Sending the same bytes again is harmless."""
+        moved = asyncio.Event()
+
+        async def frames() -> AsyncIterator[pb.SubmitRequest]:
+            yield pb.SubmitRequest(start=pb.SubmitStart(session=self._session, digest=digest, size=len(data)))
+            for at in range(0, len(data), FRAME_BYTES):
+                moved.set()
+                yield pb.SubmitRequest(frame=bytes(memoryview(data)[at : at + FRAME_BYTES]))
+            moved.set()
+
+        call: Any = self._bulk.stream_unary(
+            f"/{SERVICE}/Submit", pb.SubmitRequest.SerializeToString, pb.Receipt.FromString
+        )(frames())
+        watchdog = asyncio.create_task(_cancel_when_stalled(call, moved))
+        try:
+            receipt: pb.Receipt = await call
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self.address) from None
+        except asyncio.CancelledError:
+            if watchdog.done():
+                reason = f"{self.address} took no data for {_STALL_S:g} s"
+                raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True) from None
+            raise
+        finally:
+            watchdog.cancel()
+            call.cancel()
+        if receipt.digest != digest:
+            raise ProtocolError(Code.WRONG_DIGEST, "the receipt is for another packet")
+        return ReceiptMsg(receipt.digest, receipt.accepted, receipt.code)
+
+    async def fetch(self, kind: str, digest: bytes, *, size_max: int, resume: bytes = b"") -> bytes:
+        """Fetch a whole blob of at most `size_max` bytes, going on after the bytes `resume` that are here already.
+
+        The caller checks the hash. When the connection breaks, the LinkError's `partial` is what to resume with.
+        """
+        request = pb.FetchRequest(session=self._session, kind=kind, digest=digest, offset=len(resume))
+        call: Any = self._bulk.unary_stream(
+            f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString, pb.BlobFrame.FromString
+        )(request)
+        data = bytearray(resume)
+        size: int | None = None
+        try:
+            while True:
+                async with asyncio.timeout(_STALL_S):
+                    frame = await call.read()
+                if not isinstance(frame, pb.BlobFrame):
+                    break
+                if size is None:
+                    size = frame.size
+                    if size > size_max:
+                        raise ProtocolError(Code.TOO_LARGE, f"{kind} of {size} bytes; at most {size_max} are expected")
+                elif not frame.data:
+                    raise ProtocolError(Code.BAD_MESSAGE, "an empty frame in the middle of a blob")
+                data += frame.data
+                if len(data) > size:
+                    raise ProtocolError(Code.BAD_MESSAGE, f"more bytes than the {size} that were announced")
+        except TimeoutError:
+            reason = f"{self.address} sent nothing for {_STALL_S:g} s"
+            raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True, partial=bytes(data)) from None
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self.address, bytes(data)) from None
+        finally:
+            call.cancel()
+        if size is None or len(data) != size:
+            reason = f"{self.address} ended the {kind} after {len(data)} of {size} bytes"
+            raise LinkError(LinkFailure.CUT, reason, retryable=True, partial=bytes(data))
+        return bytes(data)
+
+    async def close(self) -> None:
+        """End the session's calls and both connections. Harmless when they are gone already."""
+        await self._control.close()
+        await self._bulk.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _channel(endpoint: Endpoint, *, keepalive: bool) -> grpc.aio.Channel:
+    """A connection of its own to the endpoint. Control and bulk have one each, so that heartbeats never queue behind
+    a packet, and only control is watched by pings: on a slow line a ping would wait behind the packet too."""
+    options: list[tuple[str, int | str]] = [
+        ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.service_config_disable_resolution", 1),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+    ]
+    if keepalive:
+        options += [
+            ("grpc.keepalive_time_ms", round(_KEEPALIVE_S * 1000)),
+            ("grpc.keepalive_timeout_ms", round(_KEEPALIVE_TIMEOUT_S * 1000)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+        ]
+    if endpoint.certificate_der is None:
+        return grpc.aio.insecure_channel(endpoint.target, options)
+    root = ssl.DER_cert_to_PEM_cert(endpoint.certificate_der).encode("ascii")
+    options.append(("grpc.ssl_target_name_override", NAME))
+    return grpc.aio.secure_channel(endpoint.target, grpc.ssl_channel_credentials(root), options)
+
+
+async def _cancel_when_stalled(call: Any, moved: asyncio.Event) -> None:
+    while True:
+        moved.clear()
+        try:
+            async with asyncio.timeout(_STALL_S):
+                await moved.wait()
+        except TimeoutError:
+            call.cancel()
+            return
+
+
+def _step(message: Any, wanted: str) -> pb.JoinReply:
+    if not isinstance(message, pb.JoinReply) or message.WhichOneof("step") != wanted:
+        raise ProtocolError(Code.BAD_MESSAGE, f"the aggregator's next message in a join is {wanted}")
+    return message
+
+
+def _event(message: pb.RoundEvent) -> RoundEvent | None:
+    """The event of a message, None for a heartbeat and for kinds that a later version may add."""
+    kind = message.WhichOneof("event")
+    if kind == "opened":
+        opened = message.opened
+        if len(opened.base_root) != DIGEST_BYTES or opened.closes_in_ms > _CLOSES_IN_MS_MAX:
+            raise ProtocolError(Code.BAD_MESSAGE, "the opening of a round is malformed")
+        return RoundOpened(opened.round, opened.base_root, opened.inner_steps, opened.closes_in_ms / 1000)
+    if kind == "closed":
+        if len(message.closed.record) > RECORD_BYTES_MAX:
+            raise ProtocolError(Code.BAD_MESSAGE, "a round record is too large")
+        return RoundClosed(message.closed.record)
+    return None

@@ -1,0 +1,50 @@
+"""The messages between a peer and an aggregator as plain values, and the transcript that both sign (SPEC 9)."""
+
+from dataclasses import dataclass
+
+MESSAGE_BYTES_MAX = 2 << 20  # one gRPC message: a frame of 1 MiB or a round record, with room for their envelope
+SERVICE = "sparseloco.v1.Swarm"
+NONCE_BYTES = 32
+SESSION_BYTES = 16
+DIGEST_BYTES = 32
+SIGNATURE_BYTES = 64
+NO_CERTIFICATE = bytes(DIGEST_BYTES)  # stands for the certificate's fingerprint on a plaintext connection
+
+
+@dataclass(frozen=True)
+class RoundOpened:
+    """A round is open: train `inner_steps` from `base_root` and submit within `closes_in_s` seconds."""
+
+    round: int
+    base_root: bytes
+    inner_steps: int
+    closes_in_s: float
+
+
+@dataclass(frozen=True)
+class RoundClosed:
+    """A round has ended; `record` is its signed record, not yet checked."""
+
+    record: bytes
+
+
+RoundEvent = RoundOpened | RoundClosed
+
+
+@dataclass(frozen=True)
+class ReceiptMsg:
+    """What the aggregator says about one packet. `code` says why it was not accepted, 0 when it was."""
+
+    digest: bytes
+    accepted: bool
+    code: int
+
+
+def transcript(
+    run_id: bytes, peer: bytes, client_nonce: bytes, server_nonce: bytes, certificate_sha256: bytes
+) -> bytes:
+    """The bytes T of SPEC 9.
+
+    They name the certificate of this connection, so nobody in between can pass signatures on.
+    """
+    return run_id + peer + client_nonce + server_nonce + certificate_sha256
