@@ -92,7 +92,7 @@ def packet_form(run: RunConfig) -> SectionForm:
 def make_packet(
     run: RunConfig,
     key: PrivateKey,
-    round: int,
+    round: int,  # noqa: A002 - the word of the protocol
     base_root: bytes,
     tokens: int,
     inner_steps: int,
@@ -109,7 +109,13 @@ def make_packet(
     return Packet(replace(header, signature=key.sign("packet", header.signed_bytes)), sections)
 
 
-def check_packet(packet: Packet, run: RunConfig, *, round: int, base_root: bytes) -> list[SparseTensor]:
+def check_packet(
+    packet: Packet,
+    run: RunConfig,
+    *,
+    round: int,  # noqa: A002 - the word of the protocol
+    base_root: bytes,
+) -> list[SparseTensor]:
     """Return the tensors of a packet that belongs to this round; cheap checks come first.
 
     Raises ProtocolError: OTHER_RUN, WRONG_ROUND, WRONG_BASE, BAD_KEY, BAD_SIGNATURE, TRUNCATED, TRAILING, TOO_LARGE,

@@ -151,7 +151,11 @@ class Update:
 
 
 def make_update(
-    run: RunConfig, round: int, base_root: bytes, new_root: bytes, tensors: Sequence[UpdateTensor]
+    run: RunConfig,
+    round: int,  # noqa: A002 - the word of the protocol
+    base_root: bytes,
+    new_root: bytes,
+    tensors: Sequence[UpdateTensor],
 ) -> Update:
     """Encode the update of a round; tensors in the order of the layout."""
     assert [tensor.size for tensor in tensors] == [tensor.size for tensor in run.layout.tensors]
