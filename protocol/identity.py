@@ -22,7 +22,7 @@ _KEY_TEXT = "sparseloco-peer-key-1"
 _P = 2**255 - 19
 _ORDER = 2**252 + 27742317777372353535851937790883648493
 _D = -121665 * pow(121666, -1, _P) % _P
-# The y coordinates of the eight points whose order divides 8. The sign bit of x does not matter: both signs are refused.
+# The y coordinates of the eight points whose order divides 8. Whatever the sign of x, they are refused.
 _SMALL_ORDER_Y = frozenset(
     {
         0,
@@ -76,7 +76,10 @@ class PrivateKey:
     @classmethod
     def from_text(cls, text: str) -> "PrivateKey":
         """Read what `to_text` wrote, blanks around it allowed. Raises ValueError with the remedy."""
-        remedy = f'a key file is one line "{_KEY_TEXT} <44 characters>"; restore it from a backup or delete it to get a new identity'
+        remedy = (
+            f'a key file is one line "{_KEY_TEXT} <44 characters>"; '
+            "restore it from a backup, or delete it to get a new identity"
+        )
         words = text.split()
         if len(words) != 2 or words[0] != _KEY_TEXT:
             raise ValueError(f"this is not a private key: {remedy}")

@@ -25,7 +25,8 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or len(self.name) > TENSOR_NAME_BYTES_MAX:
             raise ValueError(
-                f"tensor name {self.name[:40]!r} must be 1 to {TENSOR_NAME_BYTES_MAX} printable ASCII characters without blanks"
+                f"tensor name {self.name[:40]!r} is not accepted; "
+                f"it has 1 to {TENSOR_NAME_BYTES_MAX} printable ASCII characters without blanks"
             )
         if len(self.shape) > DIMENSIONS_MAX:
             raise ValueError(
@@ -104,8 +105,10 @@ def kept_per_chunk(size: int, k: int) -> NDArray[np.int64]:  # i64[ceil(size / 4
 
 def state_pieces(flat: NDArray[np.float32]) -> list[memoryview]:  # flat: f32[N], contiguous
     """Views of the state's bytes, 4 MiB each and a short last one."""
-    assert flat.dtype == np.dtype("<f4") and flat.ndim == 1 and flat.flags.c_contiguous and flat.size > 0
-    data = memoryview(flat).cast("B")
+    assert flat.dtype == np.dtype("<f4"), "the state is little-endian float32"
+    assert flat.ndim == 1, "the state is one flat array"
+    assert flat.size > 0, "the state has at least one value"
+    data = memoryview(flat.data).cast("B")
     return [data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES)]
 
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from protocol.errors import Code, ProtocolError
-from protocol.identity import KEY_BYTES, SIGNATURE_BYTES, PrivateKey, check_key, digest, verify
+from protocol.identity import SIGNATURE_BYTES, PrivateKey, check_key, digest, verify
 from protocol.layout import Layout, TensorSpec
 from protocol.limits import ALPHA_MAX, ALPHA_ONE, CHUNK, CONTRIBUTORS_MAX, RUN_BYTES_MAX, VERSION
 
@@ -87,14 +87,16 @@ class _Table:
             object.__setattr__(self, name, value)
         finite = type(value) is not float or math.isfinite(value)
         if type(value) is not kind or not finite or not rule.accepts(value):
+            key, place = (f"{self.table}.{name}", f"under [{self.table}]") if self.table else (name, "at the top")
             raise ValueError(
-                f"{self.table}.{name} = {_shown(value)} is not accepted; expected {_KIND[kind]} {rule}; "
-                f"change {name} under [{self.table}]"
+                f"{key} = {_shown(value)} is not accepted; expected {_KIND[kind]} {rule}; "
+                f"write such a value for {name} {place}"
             )
 
     def _demand(self, holds: bool, problem: str, remedy: str) -> None:
         if not holds:
-            raise ValueError(f"[{self.table}] {problem}; {remedy}")
+            place = f"[{self.table}] " if self.table else ""
+            raise ValueError(f"{place}{problem}; {remedy}")
 
 
 def _shown(value: Any) -> str:
@@ -144,7 +146,8 @@ class ModelConfig(_Table):
         )
         self._demand(
             self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = {self.num_key_value_heads}",
+            f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads = {self.num_key_value_heads}",
             "make num_key_value_heads a divisor of num_attention_heads",
         )
 
@@ -162,7 +165,7 @@ class DataConfig(_Table):
     tokenizer: Annotated[
         str, _Text("bytes|sha256:[0-9a-f]{64}", '"bytes", or "sha256:" and the hash of a tokenizer.json')
     ] = "bytes"
-    """How text becomes tokens: one token a byte, or the tokenizer.json with this SHA-256, which each peer maps to a path."""
+    """How text becomes tokens: one a byte, or by the tokenizer.json with this hash, which each peer maps to a path."""
     sequence_length: Annotated[int, _Between(1, 1 << 20)] = 256
     """Tokens predicted in one training sequence."""
     validation_fraction: Annotated[float, _Between(0.0001, 0.5)] = 0.02
@@ -257,7 +260,8 @@ class RoundConfig(_Table):
         super().__post_init__()
         self._demand(
             self.grace_s_min <= self.grace_s_max <= self.deadline_s,
-            f"grace_s_min = {self.grace_s_min}, grace_s_max = {self.grace_s_max}, deadline_s = {self.deadline_s} are out of order",
+            f"grace_s_min = {self.grace_s_min}, grace_s_max = {self.grace_s_max} and deadline_s = {self.deadline_s} "
+            "are out of order",
             "make grace_s_min <= grace_s_max <= deadline_s",
         )
 
@@ -266,7 +270,7 @@ class RoundConfig(_Table):
 class RunSettings(_Table):
     """The part of a run that its operator writes."""
 
-    table: ClassVar[str] = "run"
+    table: ClassVar[str] = ""
 
     name: Annotated[str, _NAME]
     """What people call this run; the run_id names it exactly."""
@@ -293,17 +297,17 @@ class RunSettings(_Table):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(RunSettings):
     """Everything the participants of a run agree on. Its canonical JSON is hashed to `run_id`."""
 
-    operator: bytes = b""
+    operator: bytes
     """Public key that signs the run."""
-    aggregators: tuple[bytes, ...] = ()
+    aggregators: tuple[bytes, ...]
     """Public keys that may sign round records, in ascending order."""
-    layout: Layout = field(default_factory=lambda: Layout(()))
+    layout: Layout
     """Names and shapes of the tensors."""
-    genesis_root: bytes = b""
+    genesis_root: bytes
     """State root of the initial parameters."""
 
     def __post_init__(self) -> None:
@@ -312,7 +316,7 @@ class RunConfig(RunSettings):
             try:
                 check_key(key)
             except ProtocolError as error:
-                raise ValueError(f"[run] a key of the operator or an aggregator is unusable: {error.detail}") from None
+                raise ValueError(f"a key of the operator or an aggregator is unusable: {error.detail}") from None
         self._demand(
             1 <= len(self.aggregators) <= AGGREGATORS_MAX and list(self.aggregators) == sorted(set(self.aggregators)),
             "aggregators are not distinct keys in ascending order",
@@ -394,7 +398,8 @@ def _table_of(kind: Any, values: Any) -> Any:
     """Make one table from parsed values, refusing unknown keys by name."""
     if not isinstance(values, dict):
         raise ValueError(
-            f"{kind.table} = {_shown(values)} is not accepted; expected a table; write [{kind.table}] and its keys below"
+            f"{kind.table} = {_shown(values)} is not accepted; expected a table; "
+            f"write [{kind.table}] and its keys below it"
         )
     _refuse_unknown(values, [item.name for item in dataclasses.fields(kind)], f" in [{kind.table}]")
     return kind(**values)
@@ -465,7 +470,8 @@ class SignedRun:
     def from_bytes(cls, data: bytes, *, run_id: bytes | None) -> "SignedRun":
         """Read and verify a signed run; with a run_id nothing is parsed before the hash fits.
 
-        Raises ProtocolError BAD_MAGIC, VERSION, TRUNCATED, TRAILING, TOO_LARGE, OTHER_RUN, BAD_RUN, BAD_KEY or BAD_SIGNATURE.
+        Raises ProtocolError: BAD_MAGIC, VERSION, TRUNCATED, TRAILING, TOO_LARGE, OTHER_RUN, BAD_RUN, BAD_KEY or
+        BAD_SIGNATURE.
         """
         if data[:4] != _MAGIC:
             raise ProtocolError(Code.BAD_MAGIC, "these bytes are not a signed run")
@@ -493,5 +499,5 @@ class SignedRun:
 
 def sign_run(config: RunConfig, key: PrivateKey) -> SignedRun:
     """Sign a run with its operator's key."""
-    assert key.public == config.operator and len(key.public) == KEY_BYTES, "a run is signed by its operator"
+    assert key.public == config.operator, "a run is signed by its operator"
     return SignedRun(config, key.sign("run", config.to_json()))
