@@ -16,13 +16,37 @@ from protocol.layout import Layout
 from protocol.run import ModelConfig
 
 
+class Linear(nn.Module):
+    """x W^T without a bias. Unlike torch's, it draws no weights: the run says what they are."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
+        """Multiply, in bf16 under autocast."""
+        return functional.linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """One row per token."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:  # i64[B, T] -> f32[B, T, width]
+        """Look the rows up."""
+        return functional.embedding(tokens, self.weight)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, arXiv 1910.07467)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
         """Normalize in float32 and return the type of x, so that the residual stream keeps its precision."""
@@ -37,10 +61,10 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.shared_heads = config.num_key_value_heads
         self.width = config.hidden_size // self.heads
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.shared_heads * self.width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.shared_heads * self.width, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, self.heads * self.width)
+        self.k_proj = Linear(config.hidden_size, self.shared_heads * self.width)
+        self.v_proj = Linear(config.hidden_size, self.shared_heads * self.width)
+        self.o_proj = Linear(self.heads * self.width, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [B, T, D], f32[T, W] twice -> [B, T, D]
         """Attend to the positions up to one's own."""
@@ -60,9 +84,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
         """Mix the features of each position."""
@@ -92,7 +116,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
         width = config.hidden_size // config.num_attention_heads
@@ -113,14 +137,14 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The language model."""
+    """The language model. Its parameters hold nothing yet: `initial_parameters` has the values of a new run."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:  # i64[B, T] -> f32[B, T, V] (bf16 under autocast)
         """The logits of the token after each position."""

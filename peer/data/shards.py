@@ -7,13 +7,14 @@ SHA-256 of the token bytes, zeros up to 64 bytes; then the tokens.
 import hashlib
 import os
 import struct
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from peer.store import replacing
 
 MAGIC = b"SLTK"
 VERSION = 1
@@ -40,34 +41,23 @@ def token_type(vocab_size: int) -> np.dtype[np.unsignedinteger]:
 def write_shard(path: Path, parts: Iterable[NDArray[np.integer]], vocab_size: int) -> None:
     """Write token arrays, one after the other, as a shard. A reader sees the whole file or none.
 
-    Raises ValueError when a token is outside the vocabulary or there are no tokens.
+    Raises ValueError when a token is outside the vocabulary or there are no tokens, UserError when the disk refuses.
     """
     kind = token_type(vocab_size)
     count, sha256 = 0, hashlib.sha256()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial_name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    partial = Path(partial_name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(bytes(HEADER_BYTES))
-            for part in parts:
-                if part.size and (int(part.min()) < 0 or int(part.max()) >= vocab_size):
-                    raise ValueError(f"a token of {path.name} is outside the vocabulary of {vocab_size}")
-                data = part.astype(kind).tobytes()
-                file.write(data)
-                sha256.update(data)
-                count += part.size
-            if count == 0:
-                raise ValueError(f"there are no tokens to write to {path}")
-            file.seek(0)
-            file.write(_HEADER.pack(MAGIC, VERSION, kind.itemsize, count, vocab_size, 0, sha256.digest()))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        # After the rename the partial file has no name left; before it, nobody else knows it.
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(bytes(HEADER_BYTES))
+        for part in parts:
+            if part.size and (int(part.min()) < 0 or int(part.max()) >= vocab_size):
+                raise ValueError(f"a token of {path.name} is outside the vocabulary of {vocab_size}")
+            data = part.astype(kind).tobytes()
+            file.write(data)
+            sha256.update(data)
+            count += part.size
+        if count == 0:
+            raise ValueError(f"there are no tokens to write to {path}")
+        file.seek(0)
+        file.write(_HEADER.pack(MAGIC, VERSION, kind.itemsize, count, vocab_size, 0, sha256.digest()))
 
 
 def open_shard(path: Path, *, verify: bool = False) -> Shard:
