@@ -92,7 +92,7 @@ def packet_form(run: RunConfig) -> SectionForm:
 def make_packet(
     run: RunConfig,
     key: PrivateKey,
-    round: int,  # noqa: A002 - the word of the protocol
+    round: int,
     base_root: bytes,
     tokens: int,
     inner_steps: int,
@@ -113,7 +113,7 @@ def check_packet(
     packet: Packet,
     run: RunConfig,
     *,
-    round: int,  # noqa: A002 - the word of the protocol
+    round: int,
     base_root: bytes,
 ) -> list[SparseTensor]:
     """Return the tensors of a packet that belongs to this round; cheap checks come first.

@@ -152,7 +152,7 @@ class Update:
 
 def make_update(
     run: RunConfig,
-    round: int,  # noqa: A002 - the word of the protocol
+    round: int,
     base_root: bytes,
     new_root: bytes,
     tensors: Sequence[UpdateTensor],
