@@ -4,6 +4,7 @@ VERSION = 1
 CHUNK = 4096  # values in a chunk; the last chunk of a tensor may be shorter
 BLOCK_CHUNKS = 1024  # chunks whose gap bytes are counted together, so that decoding can run in parallel
 FRAME_BYTES = 1 << 20  # one message of a bulk stream, and the target raw size of a transport frame
+ZSTD_WINDOW_BYTES_MAX = 8 << 20  # what RFC 8878 wants every decoder to have
 PIECE_BYTES = 4 << 20  # one leaf of the state root
 
 GRID_BITS = 38  # dequantized values are integers in units of 2^-38

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from protocol.errors import Code, ProtocolError
 from protocol.identity import Buffer
 from protocol.layout import Layout, TensorSpec
-from protocol.limits import BLOCK_CHUNKS, FRAME_BYTES
+from protocol.limits import BLOCK_CHUNKS, FRAME_BYTES, ZSTD_WINDOW_BYTES_MAX
 from protocol.packet import PACKET_HEADER_BYTES, Packet, PacketHeader, packet_form
 from protocol.packing import Section, SectionForm, split_section
 from protocol.run import RunConfig
@@ -185,10 +185,14 @@ class _FrameReader:
         return np.frombuffer(self._expand(stored, raw_length), np.uint8)
 
     def _expand(self, stored: memoryview, length: int) -> bytes:
-        """Expand one zstd frame that declares exactly this length."""
+        """Expand one zstd frame that declares exactly this length and no larger window than decoders must have."""
         try:
-            if stored[:4] != _ZSTD_MAGIC or zstandard.get_frame_parameters(stored).content_size != length:
-                raise ProtocolError(Code.BAD_ZSTD, f"a plane is not one zstd frame that declares {length} bytes")
+            if stored[:4] != _ZSTD_MAGIC:
+                raise ProtocolError(Code.BAD_ZSTD, "a plane is not a zstd frame")
+            declared = zstandard.get_frame_parameters(stored)
+            if declared.content_size != length or declared.window_size > ZSTD_WINDOW_BYTES_MAX:
+                claim = f"{declared.content_size} bytes and a window of {declared.window_size}"
+                raise ProtocolError(Code.BAD_ZSTD, f"a plane of {length} bytes declares {claim}")
             raw = self._decompressor.decompress(stored, max_output_size=length, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise ProtocolError(Code.BAD_ZSTD, f"a plane does not expand: {error}") from None
