@@ -81,7 +81,7 @@ def test_any_order_and_any_tree_give_the_same_bytes(
         assert in_order.header.digest == first.header.digest == by_tree.header.digest
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=60)
 @given(st.sampled_from(RULES), st.integers(1, 6), st.integers(1, ALPHA_MAX), st.integers(0, 2**31))
 def test_merge_is_within_rounding_of_floating_point(rule: str, count: int, alpha_q16: int, seed: int) -> None:
     """Computed again in float64 from what is defined, not from how it is computed."""
@@ -101,8 +101,9 @@ def test_merge_is_within_rounding_of_floating_point(rule: str, count: int, alpha
     # Truncations: one grid unit for each clip, one for the division, one for alpha; then half a step of the update.
     units = (count + 1) * max(1.0, alpha_q16 / 65536) + 1
     steps = np.repeat(2.0 ** (update.exponents.astype(np.float64) - 38), 4096)[:9000]
+    # A tiny alpha on a tiny clip may leave nothing of a step, but only within that rounding.
     assert np.all(np.abs(got - wanted) <= units * 2.0**-38 + steps / 2 + np.abs(wanted) * 2.0**-50)
-    assert np.any(got)
+    assert np.any(got) or np.abs(wanted).max() <= units * 2.0**-38
 
 
 @settings(deadline=None, max_examples=60)
