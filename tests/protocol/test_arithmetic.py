@@ -81,6 +81,29 @@ def test_any_order_and_any_tree_give_the_same_bytes(
         assert in_order.header.digest == first.header.digest == by_tree.header.digest
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(RULES), st.integers(1, 6), st.integers(1, ALPHA_MAX), st.integers(0, 2**31))
+def test_merge_equals_the_rules_in_fractions(rule: str, count: int, alpha_q16: int, seed: int) -> None:
+    """Every division of SPEC 7 truncates towards zero, which is what int() of a fraction does."""
+    run = make_run(300, 2, [("w", (500,))])
+    contributions = contributions_of(run, count, seed)
+    num, den, total = [0] * 500, [0] * 500, zero(500)
+    for contribution in contributions:
+        sparse = contribution.tensors[0]
+        add(total, sparse, contribution.weight, contribution.clip)
+        for index, grid in zip(sparse.indices.tolist(), dequantize(sparse).tolist(), strict=True):
+            num[index] += contribution.weight * int(Fraction(grid * contribution.clip, 65536))
+            den[index] += contribution.weight
+    assert (total.num.tolist(), total.den.tolist()) == (num, den)
+    weight = sum(contribution.weight for contribution in contributions)
+    divisors = [max(d, 1) for d in den] if rule == "mean_of_senders" else [weight] * 500
+    divided = [int(Fraction(n, d)) for n, d in zip(num, divisors, strict=True)]
+    step = [int(Fraction(q * alpha_q16, 65536)) for q in divided]
+    assert quotient(total, rule, weight, alpha_q16).tolist() == step
+    (update,) = merge(contributions, run.layout, rule, alpha_q16)
+    assert same(update, to_update_tensor(np.array(step)))
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(RULES), st.integers(1, 6), st.integers(1, ALPHA_MAX), st.integers(0, 2**31))
 def test_merge_is_within_rounding_of_floating_point(rule: str, count: int, alpha_q16: int, seed: int) -> None:

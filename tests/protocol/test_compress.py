@@ -79,6 +79,11 @@ def test_ties_go_to_the_lowest_index() -> None:
     assert sparse.indices.tolist() == [0, 1, 4000]
 
 
+def test_a_value_equal_to_the_mean_is_low() -> None:
+    sparse, _ = compress(np.array([0.25, 0.5, -0.75], np.float32), 4096, 2)
+    assert sparse.codes.tolist() == [2, 2, 1]
+
+
 def test_a_value_just_below_two_to_minus_30_is_absent_and_stays_in_the_residual() -> None:
     at, below = np.float32(2.0**-30), np.float32(2.0**-30 * (1 - 2.0**-8))
     assert len(compress(np.array([at]), 1, 2)[0].indices) == 1

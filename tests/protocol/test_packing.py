@@ -189,6 +189,25 @@ def test_a_gap_too_many_in_a_block_is_refused() -> None:
         decode_section(data, SIZE, K, 2)
 
 
+def test_a_block_that_ends_in_a_continuation_is_refused() -> None:
+    data = changed(BLOCKS, b"\3")
+    data[CODES:CODES] = b"\xff"
+    with refused(Code.BAD_BLOCKS):
+        decode_section(data, SIZE, K, 2)
+
+
+def test_a_gap_that_runs_over_the_end_of_its_block_is_refused() -> None:
+    scales = [0] * 1025
+    scales[0] = scales[1024] = 110 << 7
+    chunks: list[list[int]] = [[] for _ in scales]
+    chunks[0], chunks[1024] = [3], [300]
+    data = plain_section(scales, [], chunks, b"\0", 1)
+    assert decode_section(data, 1025 * 4096, 1, 1).indices.tolist() == [3, 1024 * 4096 + 300]
+    assert data[2050:2058] == struct.pack("<2I", 1, 2)
+    with refused(Code.BAD_BLOCKS):
+        decode_section(data[:2050] + struct.pack("<2I", 2, 1) + data[2058:], 1025 * 4096, 1, 1)
+
+
 def test_a_continuation_that_leaves_the_full_chunk_is_refused() -> None:
     good = plain_section([110 << 7], [0], [[4095]], b"\0", 1)
     assert decode_section(good, 4096, 1, 1).indices.tolist() == [4095]
