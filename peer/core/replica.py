@@ -67,7 +67,7 @@ class Replica:
     def load_outer(self, state: NDArray[np.float32]) -> bytes:  # f32[N]
         """Adopt outer parameters, start the local ones from them and return their state root."""
         assert state.dtype == np.float32 and state.shape == (self.run.layout.size,)
-        self.outer.copy_(torch.from_numpy(state))
+        self.outer.copy_(torch.from_numpy(np.require(state, requirements="W")))  # torch warns of read-only memory
         return self._restart_local()
 
     def outer_state(self) -> NDArray[np.float32]:  # f32[N]
@@ -172,15 +172,23 @@ class Replica:
         size = self.run.layout.size
         if any(state[name].shape != (size,) or state[name].dtype != torch.float32 for name in ("outer", "residual")):
             raise ValueError(f"the saved state does not fit this model of {size} parameters")
+        sent = self._sent_of(state)
         prefix = "inner."
         self.inner.load_state({name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)})
         self.residual.copy_(state["residual"])
-        self._sent = None
-        if "sent.positions" in state:
-            positions, originals = (state[f"sent.{name}"].to(self.device) for name in ("positions", "originals"))
-            self._sent = Sent(positions, originals)
+        self._sent = sent
         self.outer.copy_(state["outer"])
         return self._restart_local()
+
+    def _sent_of(self, state: Mapping[str, Tensor]) -> Sent | None:
+        """The contribution in flight of a saved state. Its positions are checked, for a GPU dies of a wrong one."""
+        if "sent.positions" not in state:
+            return None
+        positions, originals = (state[f"sent.{name}"].to(self.device, copy=True) for name in ("positions", "originals"))
+        inside = bool(((positions >= 0) & (positions < self.run.layout.size)).all())
+        if positions.dtype != torch.int64 or positions.shape != originals.shape or not inside:
+            raise ValueError("the contribution in flight of the saved state does not fit this model")
+        return Sent(positions, originals)
 
     def _acc(self) -> Tensor:  # f32[N]
         assert not self._taken, "the inner steps since the last outer step are already in the residual"

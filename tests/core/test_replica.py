@@ -1,0 +1,230 @@
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from peer.core.replica import Replica, Trained, initial_state
+from protocol.arithmetic import Contribution, merge
+from protocol.layout import state_root
+from protocol.limits import CLIP_ONE, WEIGHT_UNIT
+from protocol.packing import SparseTensor
+from protocol.run import InnerConfig, ModelConfig, RunConfig
+from protocol.update import UpdateTensor
+
+MakeRun = Callable[..., RunConfig]
+CPU = torch.device("cpu")
+
+
+def text_batches(run: RunConfig, seed: int, steps: int) -> list[NDArray[np.int64]]:  # i64[B, T + 1] each
+    """Windows of a text that repeats itself, so that there is something to learn in seconds."""
+    text = np.frombuffer(b"the union is strong and the people are free. " * 40, dtype=np.uint8).astype(np.int64)
+    length = run.data.sequence_length + 1
+    starts = np.random.default_rng(seed).integers(0, len(text) - length, (steps, run.inner.batch_size))
+    return [np.stack([text[start : start + length] for start in row]) for row in starts]
+
+
+def replica_of(run: RunConfig) -> Replica:
+    return Replica(run, CPU, torch.float32)
+
+
+def quiet(_steps: int, _loss: float) -> None:
+    """Hear of a step and do nothing."""
+
+
+def train(replica: Replica, round: int, batches: Iterable[NDArray[np.int64]]) -> Trained:
+    return replica.train_steps(round, batches, lambda: False, quiet)
+
+
+def merged(run: RunConfig, contributions: list[list[SparseTensor]]) -> list[UpdateTensor]:
+    accepted = [Contribution(tensors, WEIGHT_UNIT, CLIP_ONE) for tensors in contributions]
+    return merge(accepted, run.layout, run.outer.rule, run.outer.alpha_q16)
+
+
+def bits(tensor: torch.Tensor) -> NDArray[np.uint32]:
+    return tensor.numpy().view(np.uint32).copy()
+
+
+def test_starts_from_the_genesis_of_the_run(make_run: MakeRun) -> None:
+    run = make_run()
+    replica = replica_of(run)
+    assert state_root(replica.outer_state()) == run.genesis_root
+    assert state_root(initial_state(run.model)) == run.genesis_root
+    assert replica.apply(()) == run.genesis_root
+
+
+def test_another_layout_is_refused(make_run: MakeRun) -> None:
+    run = make_run()
+    other = dataclasses.replace(run.model, hidden_size=64)
+    with pytest.raises(ValueError, match="layout"):
+        replica_of(dataclasses.replace(run, model=other))
+
+
+def test_three_peers_stay_bit_identical_and_learn(make_run: MakeRun) -> None:
+    run = make_run(rounds=16)
+    replicas = [replica_of(run) for _ in range(3)]
+    held_out = text_batches(run, 999, 4)
+    before = replicas[0].evaluate(held_out)
+    for round in range(1, run.outer.rounds + 1):
+        contributions = []
+        for peer, replica in enumerate(replicas):
+            done = train(replica, round, text_batches(run, 100 * round + peer, run.inner.steps))
+            assert (done.steps, done.tokens) == (run.inner.steps, run.nominal_tokens)
+            contributions.append(replica.make_contribution())
+            replica.commit()
+        update = merged(run, contributions)
+        assert len({replica.apply(update) for replica in replicas}) == 1
+    after = replicas[0].evaluate(held_out)
+    assert before == pytest.approx(math.log(260), abs=0.1)
+    assert after < 2.5, after
+    assert not np.array_equal(bits(replicas[0].residual), bits(replicas[1].residual))
+
+
+def test_a_tiny_model_learns_alone(make_run: MakeRun) -> None:
+    run = make_run(inner=InnerConfig(steps=120, batch_size=4, warmup_steps=10, learning_rate=0.01), rounds=1)
+    replica = replica_of(run)
+    heard: list[float] = []
+    done = replica.train_steps(1, text_batches(run, 1, 120), lambda: False, lambda _, loss: heard.append(loss))
+    assert len(heard) == 120 and done.mean_loss == pytest.approx(float(np.mean(heard)))
+    assert replica.evaluate(text_batches(run, 2, 4)) < 1.5
+
+
+def test_restore_is_bit_exact_and_commit_is_final(make_run: MakeRun) -> None:
+    run = make_run()
+    replica, absorbing = replica_of(run), replica_of(run)
+    for each in (replica, absorbing):
+        each.residual.copy_(torch.from_numpy(np.random.default_rng(3).standard_normal(run.layout.size) * 1e-3))
+        train(each, 1, text_batches(run, 1, 3))
+    absorbing.absorb()
+    acc = bits(absorbing.residual)
+    tensors = replica.make_contribution()
+    drained = bits(replica.residual)
+    assert sum(len(tensor.indices) for tensor in tensors) > 500
+    assert not np.array_equal(drained, acc)
+    replica.restore()
+    np.testing.assert_array_equal(bits(replica.residual), acc)
+    replica.apply(())
+    train(replica, 2, text_batches(run, 2, 1))
+    replica.make_contribution()
+    replica.commit()
+    settled = bits(replica.residual)
+    replica.apply(())
+    np.testing.assert_array_equal(bits(replica.residual), settled)
+
+
+def test_sent_plus_residual_is_acc(make_run: MakeRun) -> None:
+    run = make_run()
+    replica, absorbing = replica_of(run), replica_of(run)
+    for each in (replica, absorbing):
+        train(each, 1, text_batches(run, 1, 3))
+    absorbing.absorb()
+    tensors = replica.make_contribution()
+    update = merged(dataclasses.replace(run, outer=dataclasses.replace(run.outer, alpha=1.0)), [tensors])
+    before = replica.outer_state().astype(np.float64)
+    replica.commit()
+    replica.apply(update)
+    applied = before - replica.outer_state()
+    total = applied + replica.residual.numpy()
+    # The update rounds to 7 bits on a chunk's grid, so this holds to a hundredth of the largest value.
+    largest = np.abs(applied).max()
+    np.testing.assert_allclose(total, absorbing.residual.numpy(), rtol=0, atol=0.01 * largest)
+
+
+def test_a_null_round_starts_the_local_parameters_again(make_run: MakeRun) -> None:
+    run = make_run()
+    replica = replica_of(run)
+    start = replica.evaluate(text_batches(run, 7, 2))
+    train(replica, 1, text_batches(run, 1, 5))
+    assert replica.evaluate(text_batches(run, 7, 2)) < start
+    replica.absorb()
+    assert replica.apply(()) == run.genesis_root
+    assert replica.evaluate(text_batches(run, 7, 2)) == start
+    assert float(replica.residual.abs().max()) > 0
+
+
+def test_stopping_is_between_two_steps(make_run: MakeRun) -> None:
+    run = make_run()
+    replica = replica_of(run)
+    asked = iter([False, False, True])
+    done = replica.train_steps(1, text_batches(run, 1, 5), lambda: next(asked), quiet)
+    assert (done.steps, done.tokens) == (2, 2 * run.inner.batch_size * run.data.sequence_length)
+    nothing = replica.train_steps(1, text_batches(run, 1, 5), lambda: True, quiet)
+    assert nothing.steps == 0 and math.isnan(nothing.mean_loss)
+
+
+def test_a_restart_continues_bit_for_bit(make_run: MakeRun) -> None:
+    run = make_run()
+    one, other = replica_of(run), replica_of(run)
+    train(one, 1, text_batches(run, 1, 5))
+    tensors = one.make_contribution()
+    saved = {name: value.clone() for name, value in one.state().items()}
+    assert other.load_state(saved) == run.genesis_root
+    update = merged(run, [tensors])
+    roots = set()
+    for replica in (one, other):
+        replica.restore()
+        roots.add(replica.apply(update))
+        train(replica, 2, text_batches(run, 2, 5))
+    assert len(roots) == 1
+    first, second = one.make_contribution(), other.make_contribution()
+    assert all(np.array_equal(a.indices, b.indices) for a, b in zip(first, second, strict=True))
+    np.testing.assert_array_equal(bits(one.residual), bits(other.residual))
+
+
+def test_a_foreign_state_is_refused(make_run: MakeRun) -> None:
+    state = replica_of(make_run()).state()
+    other = replica_of(make_run(ModelConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=1)))
+    with pytest.raises(ValueError, match="does not fit"):
+        other.load_state(state)
+    sent = {"sent.positions": torch.tensor([10**9]), "sent.originals": torch.tensor([1.0])}
+    with pytest.raises(ValueError, match="contribution in flight"):
+        other.load_state({**other.state(), **sent})
+
+
+def test_outer_parameters_come_from_bytes_that_cannot_be_written(make_run: MakeRun) -> None:
+    run = make_run()
+    state = initial_state(dataclasses.replace(run.model, init_seed=5))
+    replica = replica_of(run)
+    assert replica.load_outer(np.frombuffer(state.tobytes(), np.float32)) == state_root(state)
+
+
+def test_divergence_leaves_the_residual_alone(make_run: MakeRun) -> None:
+    run = make_run()
+    replica = replica_of(run)
+    train(replica, 1, text_batches(run, 1, 2))
+    replica.absorb()
+    replica.apply(())
+    before = bits(replica.residual)
+    replica.flat.values[17] = math.nan
+    for attempt in (replica.make_contribution, replica.absorb):
+        with pytest.raises(ValueError, match="diverged"):
+            attempt()
+    np.testing.assert_array_equal(bits(replica.residual), before)
+    assert replica.apply(()) == run.genesis_root
+    assert math.isfinite(replica.evaluate(text_batches(run, 1, 1)))
+
+
+def test_nothing_is_counted_or_settled_twice(make_run: MakeRun) -> None:
+    replica = replica_of(make_run())
+    with pytest.raises(AssertionError):
+        replica.commit()
+    replica.make_contribution()
+    with pytest.raises(AssertionError):
+        replica.make_contribution()
+    replica.restore()
+    with pytest.raises(AssertionError):
+        replica.absorb()
+    with pytest.raises(AssertionError):
+        replica.restore()
+
+
+def test_micro_batches_train_the_same_model(make_run: MakeRun) -> None:
+    run = make_run()
+    whole, parts = replica_of(run), Replica(run, CPU, torch.float32, micro_batch=1)
+    for replica in (whole, parts):
+        train(replica, 1, text_batches(run, 1, 5))
+    held_out = text_batches(run, 3, 2)
+    assert parts.evaluate(held_out) == pytest.approx(whole.evaluate(held_out), rel=1e-3)
