@@ -3,7 +3,7 @@
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Collection
+from collections.abc import AsyncGenerator, Collection
 from types import TracebackType
 from typing import Any, Self
 
@@ -46,6 +46,7 @@ class Link:
         self.head_record = b""
         self._session = b""
         self._silence_s = 0.0
+        self._closed = False
         self._control = control
         self._bulk = bulk
 
@@ -148,39 +149,49 @@ class Link:
             raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True) from None
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, self.address) from None
+        except asyncio.CancelledError as cancelled:
+            raise self._closed_under() or cancelled from None
         finally:
             call.cancel()
 
     async def submit(self, digest: bytes, data: bytes) -> ReceiptMsg:
         """Send a packet's wire bytes and wait for the receipt. Sending the same bytes again is harmless."""
-        moved = asyncio.Event()
-
-        async def frames() -> AsyncIterator[pb.SubmitRequest]:
-            yield pb.SubmitRequest(start=pb.SubmitStart(session=self._session, digest=digest, size=len(data)))
-            for at in range(0, len(data), FRAME_BYTES):
-                moved.set()
-                yield pb.SubmitRequest(frame=bytes(memoryview(data)[at : at + FRAME_BYTES]))
-            moved.set()
-
-        call: Any = self._bulk.stream_unary(
+        # On the wire a client stream and a stream both ways are the same; this kind of call reports the status of an
+        # aggregator that refuses in the middle, where grpc.aio's other kind sometimes loses it.
+        call: Any = self._bulk.stream_stream(
             f"/{SERVICE}/Submit", pb.SubmitRequest.SerializeToString, pb.Receipt.FromString
-        )(frames())
-        watchdog = asyncio.create_task(_cancel_when_stalled(call, moved))
+        )()
+        writer: asyncio.Task[None] | None = None
         try:
-            receipt: pb.Receipt = await call
+            async with asyncio.timeout(_STALL_S) as limit:
+                writer = asyncio.create_task(self._send(call, digest, data, limit))
+                receipt = await call.read()
+        except TimeoutError:
+            reason = f"{self.address} took no data for {_STALL_S:g} s"
+            raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True) from None
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, self.address) from None
-        except asyncio.CancelledError:
-            if watchdog.done():
-                reason = f"{self.address} took no data for {_STALL_S:g} s"
-                raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True) from None
-            raise
+        except asyncio.CancelledError as cancelled:
+            raise self._closed_under() or cancelled from None
         finally:
-            watchdog.cancel()
+            if writer is not None:
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
             call.cancel()
+        if not isinstance(receipt, pb.Receipt):
+            raise ProtocolError(Code.BAD_MESSAGE, "the aggregator ended a submit without a receipt")
         if receipt.digest != digest:
             raise ProtocolError(Code.WRONG_DIGEST, "the receipt is for another packet")
         return ReceiptMsg(receipt.digest, receipt.accepted, receipt.code)
+
+    async def _send(self, call: Any, digest: bytes, data: bytes, limit: asyncio.Timeout) -> None:
+        start = pb.SubmitStart(session=self._session, digest=digest, size=len(data))
+        await call.write(pb.SubmitRequest(start=start))
+        view = memoryview(data)
+        for at in range(0, len(data), FRAME_BYTES):
+            await call.write(pb.SubmitRequest(frame=bytes(view[at : at + FRAME_BYTES])))
+            limit.reschedule(asyncio.get_running_loop().time() + _STALL_S)
+        await call.done_writing()
 
     async def fetch(self, kind: str, digest: bytes, *, size_max: int, resume: bytes = b"") -> bytes:
         """Fetch a whole blob of at most `size_max` bytes, going on after the bytes `resume` that are here already.
@@ -213,6 +224,8 @@ class Link:
             raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True, partial=bytes(data)) from None
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, self.address, bytes(data)) from None
+        except asyncio.CancelledError as cancelled:
+            raise self._closed_under(bytes(data)) or cancelled from None
         finally:
             call.cancel()
         if size is None or len(data) != size:
@@ -220,8 +233,17 @@ class Link:
             raise LinkError(LinkFailure.CUT, reason, retryable=True, partial=bytes(data))
         return bytes(data)
 
+    def _closed_under(self, partial: bytes = b"") -> LinkError | None:
+        """What a cancelled call means when it was not its task that was cancelled: the link was closed meanwhile."""
+        task = asyncio.current_task()
+        if not self._closed or (task is not None and task.cancelling()):
+            return None
+        reason = f"the link to {self.address} was closed on this side"
+        return LinkError(LinkFailure.CUT, reason, retryable=True, partial=partial)
+
     async def close(self) -> None:
         """End the session's calls and both connections. Harmless when they are gone already."""
+        self._closed = True
         await self._control.close()
         await self._bulk.close()
 
@@ -251,6 +273,7 @@ def _channel(endpoint: Endpoint, *, keepalive: bool) -> grpc.aio.Channel:
         options += [
             ("grpc.keepalive_time_ms", round(_KEEPALIVE_S * 1000)),
             ("grpc.keepalive_timeout_ms", round(_KEEPALIVE_TIMEOUT_S * 1000)),
+            ("grpc.http2.ping_timeout_ms", round(_KEEPALIVE_TIMEOUT_S * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
         ]
@@ -259,17 +282,6 @@ def _channel(endpoint: Endpoint, *, keepalive: bool) -> grpc.aio.Channel:
     root = ssl.DER_cert_to_PEM_cert(endpoint.certificate_der).encode("ascii")
     options.append(("grpc.ssl_target_name_override", NAME))
     return grpc.aio.secure_channel(endpoint.target, grpc.ssl_channel_credentials(root), options)
-
-
-async def _cancel_when_stalled(call: Any, moved: asyncio.Event) -> None:
-    while True:
-        moved.clear()
-        try:
-            async with asyncio.timeout(_STALL_S):
-                await moved.wait()
-        except TimeoutError:
-            call.cancel()
-            return
 
 
 def _step(message: Any, wanted: str) -> pb.JoinReply:

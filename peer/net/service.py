@@ -25,7 +25,7 @@ from peer.net.messages import (
     transcript,
 )
 from peer.net.pb import swarm_pb2 as pb
-from peer.net.sessions import SessionEndedError, ServiceLimits, Session, Sessions, first_of, source_of
+from peer.net.sessions import ServiceLimits, Session, SessionEndedError, Sessions, first_of, source_of
 from peer.net.tls import TlsIdentity, is_loopback
 from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey, verify
@@ -466,6 +466,7 @@ def _options(limits: ServiceLimits) -> list[tuple[str, int]]:
         # Pings notice a peer that froze or vanished behind a NAT, even when nothing is under way.
         ("grpc.keepalive_time_ms", round(limits.keepalive_s * 1000)),
         ("grpc.keepalive_timeout_ms", round(limits.keepalive_timeout_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", round(limits.keepalive_timeout_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 500),

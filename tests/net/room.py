@@ -1,0 +1,156 @@
+"""What the tests of this room share: an aggregator's handler that remembers what happened, and ways to hurt a link."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peer.net.link import Link
+from peer.net.messages import ReceiptMsg, RoundEvent, RoundOpened
+from peer.net.service import Server, ServiceLimits, serve
+from peer.net.tls import TlsIdentity, make_tls_identity
+from protocol.identity import PrivateKey
+
+RUN = bytes(range(32))
+ROOT = bytes(reversed(range(32)))
+TLS = make_tls_identity()
+AGGREGATOR = PrivateKey.from_bytes(b"a" * 32)
+HEAD = b"the head record"
+
+
+@dataclass
+class House:
+    """A handler that keeps everything in memory, and a log of who came and went."""
+
+    submit_bytes_max: int = 16 << 20
+    log: list[tuple[str, bytes]] = field(default_factory=list)
+    packets: dict[bytes, bytes] = field(default_factory=dict)
+    forms: list[type] = field(default_factory=list)
+    blobs: dict[tuple[str, bytes], bytes | Path] = field(default_factory=dict)
+    events: asyncio.Queue[RoundEvent] = field(default_factory=asyncio.Queue)
+    gate: asyncio.Event | None = None
+
+    async def welcome(self, peer: bytes) -> bytes:
+        return HEAD
+
+    async def joined(self, peer: bytes) -> None:
+        self.log.append(("joined", peer))
+
+    async def left(self, peer: bytes) -> None:
+        self.log.append(("left", peer))
+
+    async def watch(self, peer: bytes) -> AsyncGenerator[RoundEvent, None]:
+        yield RoundOpened(7, ROOT, 15, 2.5)
+        while True:
+            yield await self.events.get()
+
+    async def submit(self, peer: bytes, digest: bytes, data: bytes | Path) -> ReceiptMsg:
+        if self.gate is not None:
+            await self.gate.wait()
+        self.forms.append(type(data))
+        self.packets[digest] = data if isinstance(data, bytes) else await asyncio.to_thread(data.read_bytes)
+        return ReceiptMsg(digest, True, 0)
+
+    async def blob(self, kind: str, digest: bytes) -> bytes | Path | None:
+        return self.blobs.get((kind, digest))
+
+
+@asynccontextmanager
+async def serving(
+    house: House, spool: Path, limits: ServiceLimits | None = None, tls: TlsIdentity | None = TLS
+) -> AsyncIterator[Server]:
+    server = await serve(
+        house,
+        host="127.0.0.1",
+        port=0,
+        key=AGGREGATOR,
+        run_id=RUN,
+        tls=tls,
+        spool=spool,
+        limits=limits or ServiceLimits(),
+    )
+    try:
+        yield server
+    finally:
+        await server.close(0.5)
+
+
+async def join(
+    port: int,
+    key: PrivateKey | None = None,
+    *,
+    run_id: bytes = RUN,
+    certificate_sha256: bytes | None = TLS.fingerprint,
+    plaintext: bool = False,
+    silence_s: float = 15.0,
+    timeout_s: float = 10.0,
+) -> Link:
+    return await Link.open(
+        f"127.0.0.1:{port}",
+        run_id=run_id,
+        key=key or PrivateKey.generate(),
+        expect_aggregators={AGGREGATOR.public},
+        certificate_sha256=certificate_sha256,
+        plaintext=plaintext,
+        silence_s=silence_s,
+        timeout_s=timeout_s,
+    )
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Wait for a condition; fail when it does not come true."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+class Wire:
+    """A TCP proxy that can cut its connections, swallow what passes, or cut after a number of bytes."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.frozen = asyncio.Event()
+        self.down_bytes_left: int | None = None
+        self.port = 0
+
+    @asynccontextmanager
+    async def laid(self) -> AsyncIterator["Wire"]:
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.close()
+            self.cut()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to)
+        self._writers |= {writer, far_writer}
+        for work in (self._pump(reader, far_writer, False), self._pump(far_reader, writer, True)):
+            self._tasks.add(asyncio.create_task(work))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, down: bool) -> None:
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                if self.frozen.is_set():
+                    continue
+                if down and self.down_bytes_left is not None:
+                    self.down_bytes_left -= len(data)
+                    if self.down_bytes_left < 0:
+                        self.down_bytes_left = None
+                        self.cut()
+                        return
+                writer.write(data)
+                await writer.drain()
+            writer.close()
