@@ -1,6 +1,7 @@
 """The ledger: one signed record a round, each naming the one before it (SPEC 8)."""
 
 import dataclasses
+import itertools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,9 +124,8 @@ class RoundRecord:
             raise ProtocolError(Code.BAD_MAGIC, "these bytes are not a round record")
         if len(data) < _HEAD.size:
             raise ProtocolError(Code.TRUNCATED, "the round record ends in its head")
-        _, version, kind, reason, run_id, number, epoch, previous, root, update, opened, closed, count = _HEAD.unpack_from(
-            data
-        )
+        head = _HEAD.unpack_from(data)
+        _, version, kind, reason, run_id, number, epoch, previous, root, update, opened, closed, count = head
         if version != VERSION:
             raise ProtocolError(Code.VERSION, f"the record has version {version}, this program reads {VERSION}")
         if count > RECORD_ENTRIES_MAX or len(data) > RECORD_BYTES_MAX:
@@ -158,9 +158,7 @@ class RoundRecord:
 
     def accepted(self, packet_digest: bytes) -> bool:
         """Whether this packet is part of the round's update."""
-        return any(
-            entry.packet_digest == packet_digest and entry.verdict == Verdict.ACCEPTED for entry in self.entries
-        )
+        return any(entry.packet_digest == packet_digest and entry.verdict == Verdict.ACCEPTED for entry in self.entries)
 
 
 _ENTRY_FIELDS = tuple(item.name for item in dataclasses.fields(Entry))
@@ -178,7 +176,7 @@ def _check_meaning(record: RoundRecord) -> None:
     problems = [entry._problem() for entry in record.entries]  # noqa: SLF001
     problems.append(_head_problem(record))
     order = [(entry.peer, entry.packet_digest) for entry in record.entries]
-    if any(left >= right for left, right in zip(order, order[1:], strict=False)):
+    if any(left >= right for left, right in itertools.pairwise(order)):
         problems.append("the entries are not sorted by peer and packet, each once")
     accepted = [entry.peer for entry in record.entries if entry.verdict == Verdict.ACCEPTED]
     if len(accepted) > CONTRIBUTORS_MAX or len(set(accepted)) < len(accepted):

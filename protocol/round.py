@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from protocol.errors import Code
-from protocol.ledger import CloseReason, Kind, RoundRecord, Verdict
+from protocol.errors import Code, ProtocolError
+from protocol.ledger import CloseReason, Kind, RoundRecord, Verdict, check_link
 from protocol.limits import CONTRIBUTORS_MAX, RECORD_ENTRIES_MAX
 from protocol.run import RoundConfig, RunConfig
 
@@ -139,13 +139,17 @@ class ArrivalHistory:
         return min(max(median + 3 * deviation - elapsed_s, rules.grace_s_min), rules.grace_s_max)
 
 
+_NO_HISTORY = ArrivalHistory()
+
+
 class AggregatorRound:
     """One round as the aggregator sees it, from its opening to its closing.
 
-    `awaited` are the members for whom the round waits; the other members may submit but hold nobody up.
+    `taken_up` are packets of this round that had receipts before the aggregator restarted. They count, and because
+    nobody remembers who was expected besides, such a round does not close early.
     """
 
-    def __init__(  # noqa: PLR0913 - a round is exactly these things
+    def __init__(
         self,
         run: RunConfig,
         round: int,
@@ -153,8 +157,8 @@ class AggregatorRound:
         opened_s: float,
         *,
         members: frozenset[bytes] = frozenset(),
-        awaited: frozenset[bytes] | None = None,
-        history: ArrivalHistory = ArrivalHistory(),
+        history: ArrivalHistory = _NO_HISTORY,
+        taken_up: Sequence[Arrived] = (),
     ) -> None:
         self.run = run
         self.round = round
@@ -163,15 +167,15 @@ class AggregatorRound:
         self.closed = False
         self.history = history
         self._rules = run.rounds
+        self._opening = members
         self._present = set(members)
-        self._awaited = members if awaited is None else awaited
-        self._accepted: dict[bytes, Arrived] = {}
+        self._accepted = {packet.peer: packet for packet in taken_up}
+        self._restarted = bool(taken_up)
         self._arrivals_s: list[float] = []
         self._refused: dict[bytes, Refused] = {}
-        self._enough_members = round > 1
-        self._ready_s: float | None = None
-        self._grace_at_s = float("inf")
-        self._wake_s: float | None = None
+        self._started = round > 1 or len(members) >= run.rounds.start_peers
+        self._grace_at_s: float | None = None
+        self._wake_at_s: float | None = None
 
     @property
     def members(self) -> frozenset[bytes]:
@@ -180,8 +184,15 @@ class AggregatorRound:
 
     @property
     def deadline_at_s(self) -> float:
-        """When the round closes at the latest. It moves only while nobody is present."""
+        """When the round closes at the latest. It moves only when somebody comes to a round that nobody was in."""
         return self.started_s + self._rules.deadline_s
+
+    def next(self, base_root: bytes, opened_s: float) -> "AggregatorRound":
+        """Open the round after this one, with the members of now and what this one taught about arrivals."""
+        assert self.closed, "a round opens when the one before it has closed"
+        return AggregatorRound(
+            self.run, self.round + 1, base_root, opened_s, members=self.members, history=self.history
+        )
 
     def refusal(self, peer: bytes, digest: bytes) -> Code | None:
         """Say before its bytes are read why a packet would be rejected; None when it is welcome."""
@@ -210,20 +221,508 @@ class AggregatorRound:
             effects.extend(self._close_or_wait(now_s))
         return tuple(effects)
 
-    def next(self, base_root: bytes, opened_s: float) -> "AggregatorRound":
-        """Open the round after this one with the members of now.
+    def _arrive(self, event: Arrived, now_s: float) -> AggregatorEffect:
+        code = self.refusal(event.peer, event.digest)
+        if code is not None:
+            return Reject(event.peer, event.digest, code)
+        if event.peer not in self._accepted:
+            self._accepted[event.peer] = event
+            self._arrivals_s.append(now_s - self.started_s)
+            earlier = self._refused.get(event.peer)
+            if earlier is not None and earlier.digest == event.digest:
+                del self._refused[event.peer]
+        return Accept(event.peer, event.digest)
 
-        Whoever kept this round waiting in vain is a member but not awaited, until it submits again: a peer that is
-        slow, still downloading or frozen costs the others one grace period, not one a round.
-        """
-        assert self.closed, "a round opens when the one before it has closed"
-        idle = self._expected() - set(self._accepted)
-        return AggregatorRound(
-            self.run,
-            self.round + 1,
-            base_root,
-            opened_s,
-            members=self.members,
-            awaited=self.members - idle - (self._opening_idle()),
-            history=self.history,
+    def _refuse(self, event: Refused) -> AggregatorEffect:
+        """Note the first bad packet of a peer for the record; a damaged copy of an accepted packet is not noted."""
+        held = self._accepted.get(event.peer)
+        known = event.peer in self._refused or (held is not None and held.digest == event.digest)
+        if not self.closed and not known and len(self._refused) < REFUSED_MAX:
+            self._refused[event.peer] = event
+        return Reject(event.peer, event.digest, event.code)
+
+    def _awaited(self) -> set[bytes]:
+        """Whose packets are still to come: members since the opening, or if none is left, those who came later."""
+        candidates = self._present - set(self._refused)
+        expected = candidates & self._opening or candidates
+        return expected - set(self._accepted)
+
+    def _close_or_wait(self, now_s: float) -> list[AggregatorEffect]:
+        if not self._started:
+            self._started = len(self._present | set(self._accepted)) >= self._rules.start_peers
+        count = len(self._accepted)
+        quorum = count >= self._rules.quorum
+        if quorum and self._started:
+            if self._grace_at_s is None:
+                self._grace_at_s = now_s + self.history.grace_s(now_s - self.started_s, self._rules)
+            if count == CONTRIBUTORS_MAX or not (self._restarted or self._awaited()):
+                return [self._close(Kind.APPLIED, CloseReason.COMPLETE)]
+            if now_s >= min(self._grace_at_s, self.deadline_at_s):
+                grace = self._grace_at_s <= self.deadline_at_s
+                return [self._close(Kind.APPLIED, CloseReason.GRACE if grace else CloseReason.DEADLINE)]
+        if not self._present and not self._accepted:
+            return []
+        if now_s >= self.deadline_at_s:
+            return [self._close(Kind.APPLIED if quorum else Kind.NULL, CloseReason.DEADLINE)]
+        wake_at_s = self.deadline_at_s if self._grace_at_s is None else min(self._grace_at_s, self.deadline_at_s)
+        if wake_at_s == self._wake_at_s:
+            return []
+        self._wake_at_s = wake_at_s
+        return [WakeAt(wake_at_s)]
+
+    def _close(self, kind: Kind, reason: CloseReason) -> Close:
+        """Close. In a null round nothing counts, so its packets get a code and their senders keep the mass."""
+        verdict, code = (Verdict.ACCEPTED, 0) if kind == Kind.APPLIED else (Verdict.REFUSED, int(Code.NO_QUORUM))
+        submissions = [
+            Submission(item.peer, item.digest, verdict, code, item.tokens, item.inner_steps)
+            for item in self._accepted.values()
+        ]
+        submissions += [
+            Submission(item.peer, item.digest, Verdict.REFUSED, int(item.code), 0, 0) for item in self._refused.values()
+        ]
+        if kind == Kind.NULL:
+            self._accepted.clear()
+        self.closed = True
+        self.history = self.history.add(self._arrivals_s)
+        return Close(kind, reason, tuple(sorted(submissions, key=lambda item: (item.peer, item.digest))))
+
+
+# ---------------------------------------------------------------- the replica's rounds
+
+
+@dataclass(frozen=True)
+class Connected:
+    """The link to an aggregator stands; `head` is its newest record, already checked against the run."""
+
+    head: RoundRecord
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The link is gone, and with it any upload under way."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The aggregator says that a round is open."""
+
+    round: int
+    base_root: bytes
+    inner_steps: int
+    closes_in_s: float
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Records, oldest first, each checked against the run: one from the watch, or the answer to CatchUp."""
+
+    records: tuple[RoundRecord, ...]
+
+
+@dataclass(frozen=True)
+class InnerDone:
+    """Answer to TrainInner: so many inner steps were done, fewer than asked after StopInner."""
+
+    round: int
+    steps: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PacketReady:
+    """Answer to MakePacket: packet, residual and what undoes it are stored durably."""
+
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Answer to Send. `code` is 0 when accepted."""
+
+    digest: bytes
+    accepted: bool
+    code: int
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Answer to ApplyUpdate or LoadState: the outer parameters now have this root."""
+
+    round: int
+    state_root: bytes
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job under way (TrainInner, MakePacket, ApplyUpdate, LoadState or CatchUp) ended without its answer.
+
+    `gone` says that trying again is useless: what was asked for no longer exists anywhere."""
+
+    reason: str
+    gone: bool = False
+
+
+@dataclass(frozen=True)
+class TrainInner:
+    """Do so many inner steps from the outer parameters."""
+
+    round: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class StopInner:
+    """End training after the current step and answer InnerDone."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class MakePacket:
+    """Compress the round's work into a packet and store it."""
+
+    round: int
+    steps: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Send:
+    """Upload the stored packet; the same bytes each time."""
+
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Decide where the round's work belongs: to the run (accepted), or wholly back into the residual.
+
+    Not accepted covers both a packet (undo it) and inner steps that never became one (fold them in)."""
+
+    round: int
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class ApplyUpdate:
+    """Store the record; fetch its update and apply it (a null round has none); answer Applied."""
+
+    record: RoundRecord
+
+
+@dataclass(frozen=True)
+class LoadState:
+    """Get the outer parameters that the record names, whatever ours are; answer Applied. The residual stays."""
+
+    record: RoundRecord
+
+
+@dataclass(frozen=True)
+class CatchUp:
+    """Fetch the records from `head` back to the one after `have`; answer Recorded, oldest first."""
+
+    have: RoundRecord
+    head: RoundRecord
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something is wrong that people should know of."""
+
+    reason: str
+
+
+ReplicaEvent = Connected | Lost | Opened | Recorded | InnerDone | PacketReady | Receipt | Applied | Failed | Tick
+ReplicaEffect = TrainInner | StopInner | MakePacket | Send | Settle | ApplyUpdate | LoadState | CatchUp | Alarm | WakeAt
+_Job = TrainInner | MakePacket | ApplyUpdate | LoadState | CatchUp
+
+
+@dataclass
+class _Work:
+    """Inner steps of one round whose fate no record has decided yet, and their packet once it exists."""
+
+    round: int
+    steps: int = 0
+    tokens: int = 0
+    digest: bytes | None = None
+    sending: bool = False
+    answered: bool = False
+
+
+class ReplicaRound:
+    """What one replica does, round after round, for the whole run.
+
+    At most one job is under way: TrainInner, MakePacket, ApplyUpdate, LoadState or CatchUp. Each ends with exactly one
+    answer. Only Send and StopInner run beside a job. All events say what is so; `_advance` alone decides what to do.
+    """
+
+    def __init__(
+        self, run: RunConfig, *, record: RoundRecord | None = None, packet: tuple[int, bytes] | None = None
+    ) -> None:
+        """Start from what is stored: the record of the held state, and the round and digest of an unsettled packet."""
+        assert packet is None or (record is not None and packet[0] == record.round + 1), "a packet follows its record"
+        self.run = run
+        self.record = record
+        self._queue: list[RoundRecord] = []  # linked after `record`, still to be applied
+        self._wanted: RoundRecord | None = None  # a record beyond a gap
+        self._reload = record is None  # the state cannot be reached by updates
+        self._job: _Job | None = None
+        self._work = None if packet is None else _Work(packet[0], digest=packet[1])
+        self._opened: Opened | None = None
+        self._skipped_round = 0
+        self._connected = False
+        self._stopping = False
+        self._stop_at_s = 0.0
+        self._pack_started_s: float | None = None
+        self._reserve_s: float | None = None
+        self._retry_at_s = 0.0
+        self._resend_at_s = 0.0
+        self._backoff_s = RETRY_S_MIN
+        self._wake_at_s = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last round of the run is applied."""
+        return self.record is not None and self.record.round >= self.run.outer.rounds
+
+    def handle(self, event: ReplicaEvent, now_s: float) -> tuple[ReplicaEffect, ...]:
+        """Take in one event; return what is to be done, in this order."""
+        effects: list[ReplicaEffect] = []
+        match event:
+            case Connected():
+                self._connected = True
+                self._opened = None
+                self._retry_at_s = self._resend_at_s = now_s
+                self._take_record(event.head, effects)
+            case Lost():
+                self._connected = False
+                if self._work is not None:
+                    self._work.sending = False
+            case Opened():
+                self._open(event, now_s)
+            case Recorded():
+                for record in event.records:
+                    self._take_record(record, effects)
+                self._after_records(len(event.records))
+            case InnerDone():
+                self._inner_done(event)
+            case PacketReady():
+                if isinstance(self._job, MakePacket) and self._work is not None:
+                    self._job = None
+                    self._work.digest = event.digest
+            case Receipt():
+                self._receipt(event, now_s)
+            case Applied():
+                self._applied(event, now_s, effects)
+            case Failed():
+                self._failed(event, now_s, effects)
+            case Tick():
+                pass
+        self._advance(now_s, effects)
+        return tuple(effects)
+
+    # ------------------------------------------------ what the events mean
+
+    def _open(self, event: Opened, now_s: float) -> None:
+        """Note the round. What it says is bounded, because it is not signed."""
+        if self._opened is not None and event.round < self._opened.round:
+            return
+        self._opened = event
+        window_s = min(max(event.closes_in_s, 0.0), self.run.rounds.deadline_s)
+        reserve_s = RESERVE_SHARE * window_s if self._reserve_s is None else self._reserve_s
+        self._stop_at_s = now_s + window_s - min(max(reserve_s, RESERVE_S_MIN), window_s / 2)
+
+    def _take_record(self, record: RoundRecord, effects: list[ReplicaEffect]) -> None:
+        """Put a record where it belongs: known, next, beyond a gap, or on another branch of higher epoch."""
+        chain = [*([] if self.record is None else [self.record]), *self._queue]
+        if not chain:
+            self._queue.append(record)
+            return
+        place = record.round - chain[0].round
+        if 0 <= place < len(chain) and chain[place].digest == record.digest:
+            return
+        newer_epoch = record.epoch > chain[-1].epoch
+        if place > len(chain):
+            if self._wanted is None or (record.epoch, record.round) > (self._wanted.epoch, self._wanted.round):
+                self._wanted = record
+        elif place > 0 and (place == len(chain) or newer_epoch) and _follows(chain[place - 1], record):
+            del self._queue[len(self._queue) - (len(chain) - place) :]
+            self._queue.append(record)
+        elif newer_epoch:
+            # An aggregator took over from a point before ours. Its branch is the run now; updates do not lead there.
+            self._queue = [record]
+            self._reload = True
+            self._opened = None
+        elif place >= 0 and record.epoch == chain[-1].epoch:
+            effects.append(
+                Alarm(f"the aggregator signed a record of round {record.round} that does not fit its others")
+            )
+
+    def _after_records(self, count: int) -> None:
+        if count > REPLAY_ROUNDS_MAX:
+            self._reload = True
+        if isinstance(self._job, CatchUp) and self._tail_round() >= self._job.head.round:
+            self._job = None
+
+    def _tail_round(self) -> int:
+        if self._queue:
+            return self._queue[-1].round
+        return -1 if self.record is None else self.record.round
+
+    def _inner_done(self, event: InnerDone) -> None:
+        if not isinstance(self._job, TrainInner) or event.round != self._job.round:
+            return
+        self._job = None
+        if event.steps > 0:
+            self._work = _Work(event.round, event.steps, event.tokens)
+        else:
+            self._skipped_round = event.round
+
+    def _receipt(self, event: Receipt, now_s: float) -> None:
+        """Note that the packet need not be sent again. Whether it counts, the record alone says."""
+        work = self._work
+        if work is None or work.digest != event.digest:
+            return
+        work.sending = False
+        if not event.accepted and event.code in RESENDABLE:
+            self._resend_at_s = self._back_off(now_s)
+            return
+        work.answered = True
+        if event.accepted and self._pack_started_s is not None:
+            self._reserve_s = 2 * (now_s - self._pack_started_s)
+            self._pack_started_s = None
+
+    def _applied(self, event: Applied, now_s: float, effects: list[ReplicaEffect]) -> None:
+        job = self._job
+        if not isinstance(job, ApplyUpdate | LoadState) or event.round != job.record.round:
+            return
+        self._job = None
+        if event.state_root != job.record.state_root:
+            effects.append(Alarm(f"the state after round {event.round} is not what the record says; loading it anew"))
+            self._reload = True
+            if isinstance(job, LoadState):
+                self._retry_at_s = self._back_off(now_s)
+            return
+        place = next((i for i, item in enumerate(self._queue) if item.digest == job.record.digest), None)
+        if place is None:
+            # While we were at it, the run moved to another branch.
+            self._reload = True
+            return
+        self.record = job.record
+        del self._queue[: place + 1]
+        self._reload = self._reload and isinstance(job, ApplyUpdate) and bool(self._queue)
+        self._backoff_s = RETRY_S_MIN
+
+    def _failed(self, event: Failed, now_s: float, effects: list[ReplicaEffect]) -> None:
+        job, self._job = self._job, None
+        match job:
+            case TrainInner() | MakePacket():
+                # The driver throws this round's steps away: what could not be compressed must not reach the residual.
+                effects.append(Alarm(f"the work of round {job.round} is lost: {event.reason}"))
+                self._work = None
+                self._skipped_round = job.round
+            case ApplyUpdate() if event.gone:
+                self._reload = True
+            case CatchUp() if event.gone:
+                self._queue = [job.head]
+                self._reload = True
+            case ApplyUpdate() | LoadState() | CatchUp():
+                self._retry_at_s = self._back_off(now_s)
+            case None:
+                pass
+
+    def _back_off(self, now_s: float) -> float:
+        """The time of the next try; each wait is twice the one before until something succeeds."""
+        at_s = now_s + self._backoff_s
+        self._backoff_s = min(2 * self._backoff_s, RETRY_S_MAX)
+        return at_s
+
+    # ------------------------------------------------ what to do about it
+
+    def _advance(self, now_s: float, effects: list[ReplicaEffect]) -> None:
+        if self._wanted is not None and self._tail_round() >= self._wanted.round:
+            self._wanted = None
+        if isinstance(self._job, TrainInner) and not self._stopping and self._should_stop(self._job.round, now_s):
+            self._stopping = True
+            effects.append(StopInner(self._job.round))
+        if self._job is None and now_s >= self._retry_at_s:
+            self._job = self._next_job(now_s, effects)
+            if self._job is not None:
+                effects.append(self._job)
+        self._send(now_s, effects)
+        self._wake(now_s, effects)
+
+    def _should_stop(self, round: int, now_s: float) -> bool:
+        superseded = self._opened is not None and self._opened.round != round
+        return bool(self._queue) or self._wanted is not None or superseded or now_s >= self._stop_at_s
+
+    def _next_job(self, now_s: float, effects: list[ReplicaEffect]) -> _Job | None:
+        """Choose the next job: close gaps first, then follow the records, then work for the open round."""
+        if self._wanted is not None:
+            return CatchUp(self._queue[0] if self.record is None else self.record, self._wanted)
+        if self._queue:
+            self._settle(effects)
+            return LoadState(self._queue[-1]) if self._reload else ApplyUpdate(self._queue[0])
+        if self.record is None:
+            return None
+        if self._work is not None:
+            if self._work.digest is not None:
+                return None
+            self._pack_started_s = now_s
+            return MakePacket(self._work.round, self._work.steps, self._work.tokens)
+        opened = self._opened
+        if opened is None or opened.round != self.record.round + 1 or opened.round == self._skipped_round:
+            return None
+        if self.finished or now_s >= self._stop_at_s:
+            return None
+        if opened.base_root != self.record.state_root:
+            effects.append(
+                Alarm(f"the aggregator opened round {opened.round} on a state that its record does not name")
+            )
+            self._skipped_round = opened.round
+            return None
+        self._stopping = False
+        return TrainInner(opened.round, min(max(opened.inner_steps, 1), self.run.inner.steps))
+
+    def _settle(self, effects: list[ReplicaEffect]) -> None:
+        """Settle our work before the state moves on: the record of its round says whether it counts."""
+        work, self._work = self._work, None
+        if work is None:
+            return
+        digest = work.digest
+        accepted = digest is not None and any(
+            record.round == work.round and record.accepted(digest) for record in self._queue
         )
+        effects.append(Settle(work.round, accepted))
+
+    def _send(self, now_s: float, effects: list[ReplicaEffect]) -> None:
+        work = self._work
+        if work is None or work.digest is None or work.sending or work.answered:
+            return
+        current = self._opened is not None and self._opened.round == work.round
+        if self._connected and current and now_s >= self._resend_at_s and self._wanted is None and not self._queue:
+            work.sending = True
+            effects.append(Send(work.digest))
+
+    def _wake(self, now_s: float, effects: list[ReplicaEffect]) -> None:
+        times = []
+        if isinstance(self._job, TrainInner) and not self._stopping:
+            times.append(self._stop_at_s)
+        if self._job is None and (self._queue or self._wanted is not None):
+            times.append(self._retry_at_s)
+        if self._work is not None and self._work.digest is not None and not self._work.answered:
+            times.append(self._resend_at_s)
+        at_s = min((time for time in times if time > now_s), default=0.0)
+        if at_s and at_s != self._wake_at_s:
+            self._wake_at_s = at_s
+            effects.append(WakeAt(at_s))
+
+
+def _follows(previous: RoundRecord, record: RoundRecord) -> bool:
+    try:
+        check_link(previous, record)
+    except ProtocolError:
+        return False
+    return True
