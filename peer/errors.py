@@ -228,6 +228,10 @@ EXPLANATIONS: dict[Code, tuple[str, str]] = {
         "the packet comes from a key that has not joined",
         "start `sparseloco-peer join` again with the run's invite",
     ),
+    Code.NO_QUORUM: (
+        "the round ended with too few packets and changed nothing",
+        "nothing is lost: the content is sent with the next round; the run needs more peers",
+    ),
     Code.BAD_COUNT: ("a chunk of the update has an impossible number of values", _TELL_OPERATOR),
     Code.BAD_EXPONENT: ("a chunk of the update has an exponent outside the permitted range", _TELL_OPERATOR),
     Code.BAD_VALUE: ("a value of the update is not in its one permitted form", _TELL_OPERATOR),
