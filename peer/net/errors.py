@@ -9,6 +9,8 @@ from protocol.errors import Code, ProtocolError
 
 _CODE_KEY = "sl-code"
 _DETAIL_CHARS_MAX = 400
+# What grpc.aio puts in the place of the server's status when it learns of the end of a call by a write that fails.
+_LOST_STATUS = "Internal error from Core"
 
 
 class LinkFailure(StrEnum):
@@ -72,6 +74,9 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str, partial: bytes = b"") ->
     status = error.code()
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
         return LinkError(LinkFailure.TIMEOUT, f"{address} did not answer in time", retryable=True, partial=partial)
+    if status is grpc.StatusCode.INTERNAL and detail == _LOST_STATUS:
+        reason = f"the aggregator at {address} ended the call in the middle: it is busy, or you joined it elsewhere"
+        return LinkError(LinkFailure.CUT, reason, retryable=True, partial=partial)
     if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return LinkError(
             LinkFailure.CUT, f"the connection to {address} broke: {detail}", retryable=True, partial=partial

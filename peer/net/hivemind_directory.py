@@ -26,13 +26,13 @@ from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
-from protocol.records import aggregators_key, check_dht_record, peers_key
 
 from peer.net.directory import DirectoryError, DirectoryHealth, DirectorySettings, check_publishable
 from peer.net.errors import clean
 from protocol.errors import ProtocolError
 from protocol.identity import PrivateKey
 from protocol.limits import DHT_TTL_S_MAX, DHT_TTL_S_MIN, DHT_VALUE_BYTES_MAX
+from protocol.records import aggregators_key, check_dht_record, peers_key
 
 T = TypeVar("T")
 
@@ -204,7 +204,7 @@ class HivemindDirectory:
         if self._node is None or self._settings.listen is None:
             return ()
         p2p = self._node.p2p
-        return tuple(f"{address}/p2p/{p2p.peer_id}" for address in p2p._visible_maddrs)  # noqa: SLF001
+        return tuple(f"{address}/p2p/{p2p.peer_id}" for address in p2p._visible_maddrs)
 
     async def close(self) -> None:
         """Leave the DHT and end the daemon."""
@@ -292,7 +292,7 @@ class HivemindDirectory:
         name = PeerID.from_base58(address.rpartition("/")[2])
         try:
             async with asyncio.timeout(_DIAL_S):
-                await node.p2p._client.connect(name, [Multiaddr(where)])  # noqa: SLF001 -- P2P offers no other way
+                await node.p2p._client.connect(name, [Multiaddr(where)])
                 if await node.protocol.call_ping(name) is None:
                     return f"{where} is connected but answers no calls"
         except TimeoutError:
@@ -317,7 +317,7 @@ class HivemindDirectory:
         return 0 if self._node is None else len(self._node.protocol.routing_table.uid_to_peer_id)
 
     def _daemon_alive(self) -> bool:
-        return self._node is not None and self._node.p2p._child.returncode is None  # noqa: SLF001
+        return self._node is not None and self._node.p2p._child.returncode is None
 
     # Looking after it
 
@@ -408,7 +408,7 @@ def _is_plausible(found: Any, bound_s: float) -> bool:
 
 async def _stop_daemon(p2p: Any) -> None:
     """End p2pd, by force when it does not go."""
-    child = p2p._child  # noqa: SLF001 -- P2P offers no way to bound its shutdown
+    child = p2p._child
     try:
         await asyncio.wait_for(p2p.shutdown(), _CLOSE_S)
     except (TimeoutError, OSError):

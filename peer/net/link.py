@@ -156,16 +156,17 @@ class Link:
 
     async def submit(self, digest: bytes, data: bytes) -> ReceiptMsg:
         """Send a packet's wire bytes and wait for the receipt. Sending the same bytes again is harmless."""
-        # On the wire a client stream and a stream both ways are the same; this kind of call reports the status of an
-        # aggregator that refuses in the middle, where grpc.aio's other kind sometimes loses it.
         call: Any = self._bulk.stream_stream(
-            f"/{SERVICE}/Submit", pb.SubmitRequest.SerializeToString, pb.Receipt.FromString
+            f"/{SERVICE}/Submit", pb.SubmitRequest.SerializeToString, pb.SubmitReply.FromString
         )()
         writer: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(_STALL_S) as limit:
-                writer = asyncio.create_task(self._send(call, digest, data, limit))
-                receipt = await call.read()
+                start = pb.SubmitStart(session=self._session, digest=digest, size=len(data))
+                await call.write(pb.SubmitRequest(start=start))
+                _reply(await call.read(), "go")
+                writer = asyncio.create_task(_send(call, data, limit))
+                receipt = _reply(await call.read(), "receipt").receipt
         except TimeoutError:
             reason = f"{self.address} took no data for {_STALL_S:g} s"
             raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True) from None
@@ -178,20 +179,9 @@ class Link:
                 writer.cancel()
                 await asyncio.gather(writer, return_exceptions=True)
             call.cancel()
-        if not isinstance(receipt, pb.Receipt):
-            raise ProtocolError(Code.BAD_MESSAGE, "the aggregator ended a submit without a receipt")
         if receipt.digest != digest:
             raise ProtocolError(Code.WRONG_DIGEST, "the receipt is for another packet")
         return ReceiptMsg(receipt.digest, receipt.accepted, receipt.code)
-
-    async def _send(self, call: Any, digest: bytes, data: bytes, limit: asyncio.Timeout) -> None:
-        start = pb.SubmitStart(session=self._session, digest=digest, size=len(data))
-        await call.write(pb.SubmitRequest(start=start))
-        view = memoryview(data)
-        for at in range(0, len(data), FRAME_BYTES):
-            await call.write(pb.SubmitRequest(frame=bytes(view[at : at + FRAME_BYTES])))
-            limit.reschedule(asyncio.get_running_loop().time() + _STALL_S)
-        await call.done_writing()
 
     async def fetch(self, kind: str, digest: bytes, *, size_max: int, resume: bytes = b"") -> bytes:
         """Fetch a whole blob of at most `size_max` bytes, going on after the bytes `resume` that are here already.
@@ -282,6 +272,21 @@ def _channel(endpoint: Endpoint, *, keepalive: bool) -> grpc.aio.Channel:
     root = ssl.DER_cert_to_PEM_cert(endpoint.certificate_der).encode("ascii")
     options.append(("grpc.ssl_target_name_override", NAME))
     return grpc.aio.secure_channel(endpoint.target, grpc.ssl_channel_credentials(root), options)
+
+
+async def _send(call: Any, data: bytes, limit: asyncio.Timeout) -> None:
+    """Write the frames, and push the limit on with each, so that only a standstill runs into it."""
+    view = memoryview(data)
+    for at in range(0, len(data), FRAME_BYTES):
+        await call.write(pb.SubmitRequest(frame=bytes(view[at : at + FRAME_BYTES])))
+        limit.reschedule(asyncio.get_running_loop().time() + _STALL_S)
+    await call.done_writing()
+
+
+def _reply(message: Any, wanted: str) -> pb.SubmitReply:
+    if not isinstance(message, pb.SubmitReply) or message.WhichOneof("step") != wanted:
+        raise ProtocolError(Code.BAD_MESSAGE, f"the aggregator's next message in a submit is {wanted}")
+    return message
 
 
 def _step(message: Any, wanted: str) -> pb.JoinReply:

@@ -1,13 +1,14 @@
 """The aggregator's side of the link: joins, watches, submits and fetches over grpc.aio (SPEC 9). Bytes only."""
 
 import asyncio
+import io
 import logging
 import os
-import tempfile
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import grpc
 import grpc.aio
@@ -33,6 +34,8 @@ from protocol.limits import FRAME_BYTES, RECORD_BYTES_MAX, VERSION
 
 __all__ = ["Handler", "Server", "ServiceLimits", "serve"]
 
+T = TypeVar("T")
+P = ParamSpec("P")
 _log = logging.getLogger(__name__)
 _KIND_CHARS_MAX = 16
 _SPOOL_PREFIX = "incoming-"
@@ -82,8 +85,10 @@ def _guarded(method: Method) -> Method:
             if self.stopping:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, _STOPPING)
             await context.abort(*status_of(ProtocolError(Code.BAD_SESSION, str(ended))))
-        except (grpc.aio.AbortError, grpc.RpcError):
+        except grpc.aio.AbortError:
             raise
+        except grpc.aio.InternalError:
+            _log.debug("%s went away in the middle of a call", context.peer())
         except Exception:  # noqa: BLE001 -- whatever fails inside must not leave the peer without a status
             _log.exception("a call of %s failed", context.peer())
             await context.abort(grpc.StatusCode.INTERNAL, "internal error")
@@ -211,14 +216,14 @@ class _Service:
     # Submit
 
     @_guarded
-    async def submit(self, _request: Any, context: Context) -> pb.Receipt:
+    async def submit(self, _request: Any, context: Context) -> None:
         first = await self._frame(context)
         if not isinstance(first, pb.SubmitRequest) or first.WhichOneof("part") != "start":
             raise ProtocolError(Code.BAD_MESSAGE, "a submit starts with SubmitStart")
         session = self.sessions.find(first.start.session)
-        return await session.run(self._submit(session, first.start, context))
+        await session.run(self._submit(session, first.start, context))
 
-    async def _submit(self, session: Session, start: pb.SubmitStart, context: Context) -> pb.Receipt:
+    async def _submit(self, session: Session, start: pb.SubmitStart, context: Context) -> None:
         if len(start.digest) != DIGEST_BYTES or not start.size:
             raise ProtocolError(Code.BAD_MESSAGE, f"a submit names a digest of {DIGEST_BYTES} bytes and a size above 0")
         if start.size > self._handler.submit_bytes_max:
@@ -230,12 +235,14 @@ class _Service:
         try:
             await self._turn()
             try:
+                await self._write(context, pb.SubmitReply(go=pb.SubmitGo()))
                 receipt = await self._receive(session.peer, start, context)
             finally:
                 self._submit_turns.release()
         finally:
             self._submitting.discard(session.peer)
-        return pb.Receipt(digest=receipt.digest, accepted=receipt.accepted, code=receipt.code)
+        message = pb.Receipt(digest=receipt.digest, accepted=receipt.accepted, code=receipt.code)
+        await self._write(context, pb.SubmitReply(receipt=message))
 
     async def _turn(self) -> None:
         try:
@@ -250,15 +257,12 @@ class _Service:
             memory = bytearray()
             await self._frames(context, start.size, memory.extend, deadline_s)
             return await self._handler.submit(peer, start.digest, bytes(memory))
-        handle, name = await asyncio.to_thread(
-            tempfile.mkstemp, prefix=_SPOOL_PREFIX, suffix=_SPOOL_SUFFIX, dir=self._spool
-        )
-        path = Path(name)
+        path = self._spool / f"{_SPOOL_PREFIX}{secrets.token_hex(16)}{_SPOOL_SUFFIX}"
         try:
-            with os.fdopen(handle, "wb", buffering=0) as file:
+            with await _in_thread(open, path, "xb", 0) as file:
 
                 async def write(frame: bytes) -> None:
-                    await asyncio.to_thread(_write_all, file, frame)
+                    await _in_thread(_write_all, file, frame)
 
                 await self._frames(context, start.size, write, deadline_s)
             return await self._handler.submit(peer, start.digest, path)
@@ -266,7 +270,7 @@ class _Service:
             _log.error("cannot store a packet in %s: %s", self._spool, error)
             raise ProtocolError(Code.BUSY, "the aggregator cannot store packets at this moment") from None
         finally:
-            await asyncio.to_thread(path.unlink, missing_ok=True)
+            await _in_thread(path.unlink, True)
 
     async def _frames(
         self, context: Context, size: int, sink: Callable[[bytes], Awaitable[None] | None], deadline_s: float
@@ -319,11 +323,11 @@ class _Service:
         if isinstance(blob, bytes):
             await self._stream(context, request.offset, len(blob), lambda at: blob[at : at + FRAME_BYTES])
             return
-        with await asyncio.to_thread(open, blob, "rb", 0) as file:
+        with await _in_thread(open, blob, "rb", 0) as file:
             size = os.fstat(file.fileno()).st_size
 
             def read(at: int) -> Awaitable[bytes]:
-                return asyncio.to_thread(os.pread, file.fileno(), FRAME_BYTES, at)
+                return _in_thread(os.pread, file.fileno(), FRAME_BYTES, at)
 
             await self._stream(context, request.offset, size, read)
 
@@ -364,10 +368,20 @@ class _Service:
             {
                 "Join": grpc.stream_stream_rpc_method_handler(self.join, pb.JoinRequest.FromString, serialize),
                 "Watch": grpc.unary_stream_rpc_method_handler(self.watch, pb.WatchRequest.FromString, serialize),
-                "Submit": grpc.stream_unary_rpc_method_handler(self.submit, pb.SubmitRequest.FromString, serialize),
+                "Submit": grpc.stream_stream_rpc_method_handler(self.submit, pb.SubmitRequest.FromString, serialize),
                 "Fetch": grpc.unary_stream_rpc_method_handler(self.fetch, pb.FetchRequest.FromString, serialize),
             },
         )
+
+
+async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run blocking work in a thread. A cancelled caller waits for its end, lest a file be closed under it."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
 
 
 async def _next(events: AsyncGenerator[RoundEvent, None]) -> RoundEvent:
@@ -390,10 +404,10 @@ def _empty(spool: Path) -> None:
         stale.unlink(missing_ok=True)
 
 
-def _write_all(file: BinaryIO, data: bytes) -> None:
+def _write_all(file: io.RawIOBase, data: bytes) -> None:
     view = memoryview(data)
     while view:
-        view = view[file.write(view) :]
+        view = view[file.write(view) or 0 :]
 
 
 class Server:

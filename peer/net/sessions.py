@@ -5,7 +5,7 @@ import ipaddress
 import os
 from collections import Counter
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import unquote
@@ -83,10 +83,8 @@ class Session:
                 return task.result()
             raise SessionEndedError(self._ended.result())
         finally:
-            if not task.done():
-                task.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await task
+            task.cancel()  # does nothing when it is done
+            await asyncio.gather(task, return_exceptions=True)
             self.calls -= 1
             self.last_used_s = loop.time()
 

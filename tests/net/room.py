@@ -1,16 +1,20 @@
 """What the tests of this room share: an aggregator's handler that remembers what happened, and ways to hurt a link."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from peer.net.link import Link
 from peer.net.messages import ReceiptMsg, RoundEvent, RoundOpened
 from peer.net.service import Server, ServiceLimits, serve
 from peer.net.tls import TlsIdentity, make_tls_identity
 from protocol.identity import PrivateKey
+
+Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 
 RUN = bytes(range(32))
 ROOT = bytes(reversed(range(32)))
@@ -101,35 +105,52 @@ async def join(
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """Wait for a condition; fail when it does not come true."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 -- a test looks from outside, there is no event to wait for
             await asyncio.sleep(0.02)
 
 
+@asynccontextmanager
+async def listening(accept: Accept, tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
+    """Let `accept` serve every connection to a port of its own, and leave none open afterwards."""
+    tasks: set[asyncio.Task[None]] = set()
+    writers: set[asyncio.StreamWriter] = set()
+
+    def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.add(writer)
+        tasks.add(asyncio.get_running_loop().create_task(accept(reader, writer)))
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0, ssl=tls)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.sleep(0.01)  # an aborted transport closes its socket in the loop's next turn
+
+
 class Wire:
-    """A TCP proxy that can cut its connections, swallow what passes, or cut after a number of bytes."""
+    """A TCP proxy that can cut its connections, at once or after every so many bytes down, or swallow what passes."""
 
     def __init__(self, port: int) -> None:
         self._to = port
-        self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
-        self.frozen = asyncio.Event()
-        self.down_bytes_left: int | None = None
+        self._down_bytes = 0
+        self.frozen = False
+        self.cut_every_bytes: int | None = None
+        self.cuts = 0
         self.port = 0
 
     @asynccontextmanager
     async def laid(self) -> AsyncIterator["Wire"]:
-        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.port = server.sockets[0].getsockname()[1]
-        try:
+        async with listening(self._accept) as self.port:
             yield self
-        finally:
-            server.close()
-            self.cut()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> None:
+        self.cuts += 1
         for writer in self._writers:
             writer.transport.abort()
         self._writers.clear()
@@ -137,20 +158,21 @@ class Wire:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to)
         self._writers |= {writer, far_writer}
-        for work in (self._pump(reader, far_writer, False), self._pump(far_reader, writer, True)):
-            self._tasks.add(asyncio.create_task(work))
+        try:
+            await asyncio.gather(self._pump(reader, far_writer, False), self._pump(far_reader, writer, True))
+        finally:
+            far_writer.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, down: bool) -> None:
         with suppress(OSError):
             while data := await reader.read(1 << 16):
-                if self.frozen.is_set():
+                if self.frozen:
                     continue
-                if down and self.down_bytes_left is not None:
-                    self.down_bytes_left -= len(data)
-                    if self.down_bytes_left < 0:
-                        self.down_bytes_left = None
-                        self.cut()
-                        return
+                self._down_bytes += len(data) if down else 0
+                if self.cut_every_bytes is not None and self._down_bytes > self.cut_every_bytes:
+                    self._down_bytes = 0
+                    self.cut()
+                    return
                 writer.write(data)
                 await writer.drain()
             writer.close()

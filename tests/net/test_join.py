@@ -19,7 +19,7 @@ from peer.net.tls import make_tls_identity
 from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey
 from protocol.limits import VERSION
-from tests.net.room import AGGREGATOR, HEAD, RUN, TLS, House, Wire, join, serving
+from tests.net.room import AGGREGATOR, HEAD, RUN, TLS, House, Wire, join, listening, serving
 
 pytestmark = pytest.mark.net
 
@@ -69,9 +69,11 @@ async def test_a_peer_joins_without_a_pin_because_the_signature_covers_the_certi
 
 
 async def test_plaintext_works_on_loopback_only(tmp_path: Path) -> None:
-    async with serving(House(), tmp_path, tls=None) as server:
-        async with await join(server.port, plaintext=True, certificate_sha256=None) as link:
-            assert link.certificate_sha256 == NO_CERTIFICATE
+    async with (
+        serving(House(), tmp_path, tls=None) as server,
+        await join(server.port, plaintext=True, certificate_sha256=None) as link,
+    ):
+        assert link.certificate_sha256 == NO_CERTIFICATE
     with pytest.raises(LinkError, match="plaintext is for this machine only") as caught:
         await Link.open(
             "192.0.2.1:7000",
@@ -186,18 +188,15 @@ async def test_a_proxy_with_its_own_certificate_cannot_pass_the_join_on(tmp_path
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", server.port, ssl=outward)
             await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
 
-        proxy = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=inward)
-        port = proxy.sockets[0].getsockname()[1]
-        with pytest.raises(ProtocolError) as caught:
-            await join(port, certificate_sha256=None)
-        assert caught.value.code is Code.BAD_SIGNATURE
-        assert sum(relayed) > 200, "the proxy must have relayed a challenge for this test to mean anything"
-        with pytest.raises(LinkError) as pinned:
-            await join(port)
-        assert pinned.value.failure is LinkFailure.CERTIFICATE
-        assert server.sessions == 0
-        proxy.close()
-        await asyncio.sleep(0.1)
+        async with listening(accept, inward) as port:
+            with pytest.raises(ProtocolError) as caught:
+                await join(port, certificate_sha256=None)
+            assert caught.value.code is Code.BAD_SIGNATURE
+            assert sum(relayed) > 200, "the proxy must have relayed a challenge for this test to mean anything"
+            with pytest.raises(LinkError) as pinned:
+                await join(port)
+            assert pinned.value.failure is LinkFailure.CERTIFICATE
+            assert server.sessions == 0
 
 
 async def test_joining_again_ends_the_older_session(tmp_path: Path) -> None:
@@ -262,35 +261,30 @@ async def test_what_cannot_be_reached_is_explained(tmp_path: Path) -> None:
 
     async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
-        writer.close()
 
     async def chatty(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 mail.example ESMTP\r\n")
         await reader.read()
-        writer.close()
 
     async def slams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()
 
-    silent, mail, slam = [await asyncio.start_server(f, "127.0.0.1", 0) for f in (mute, chatty, slams)]
-    ports = [s.sockets[0].getsockname()[1] for s in (silent, mail, slam)]
-    cases = [
-        (await failure("nonsense"), LinkFailure.ADDRESS, False),
-        (await failure("::1:7000"), LinkFailure.ADDRESS, False),
-        (await failure("host:99999"), LinkFailure.ADDRESS, False),
-        (await failure("127.0.0.1:1"), LinkFailure.REFUSED, True),
-        (await failure("no-such-host.invalid:7000"), LinkFailure.DNS, True),
-        (await failure(f"127.0.0.1:{ports[0]}", timeout_s=0.3), LinkFailure.TIMEOUT, True),
-        (await failure(f"127.0.0.1:{ports[1]}"), LinkFailure.NOT_OURS, True),
-        (await failure(f"127.0.0.1:{ports[2]}"), LinkFailure.CUT, True),
-    ]
-    for error, kind, retryable in cases:
-        assert (error.failure, error.retryable) == (kind, retryable), error.reason
-        assert len(error.reason) > 15
-    mute_plain = await failure(f"127.0.0.1:{ports[0]}", plaintext=True, timeout_s=0.3)
-    assert mute_plain.failure in {LinkFailure.TIMEOUT, LinkFailure.CUT}
-    for server in (silent, mail, slam):
-        server.close()
+    async with listening(mute) as silent, listening(chatty) as mail, listening(slams) as slam:
+        cases = [
+            (await failure("nonsense"), LinkFailure.ADDRESS, False),
+            (await failure("::1:7000"), LinkFailure.ADDRESS, False),
+            (await failure("host:99999"), LinkFailure.ADDRESS, False),
+            (await failure("127.0.0.1:1"), LinkFailure.REFUSED, True),
+            (await failure("no-such-host.invalid:7000"), LinkFailure.DNS, True),
+            (await failure(f"127.0.0.1:{silent}", timeout_s=0.3), LinkFailure.TIMEOUT, True),
+            (await failure(f"127.0.0.1:{mail}"), LinkFailure.NOT_OURS, True),
+            (await failure(f"127.0.0.1:{slam}"), LinkFailure.CUT, True),
+        ]
+        for error, kind, retryable in cases:
+            assert (error.failure, error.retryable) == (kind, retryable), error.reason
+            assert len(error.reason) > 15
+        mute_plain = await failure(f"127.0.0.1:{silent}", plaintext=True, timeout_s=0.3)
+        assert mute_plain.failure in {LinkFailure.TIMEOUT, LinkFailure.CUT}
     async with serving(House(), tmp_path, tls=None) as plain:
         assert (await failure(f"127.0.0.1:{plain.port}")).failure in {LinkFailure.NOT_OURS, LinkFailure.CUT}
 
@@ -305,7 +299,7 @@ async def test_two_aggregators_cannot_share_a_port(tmp_path: Path) -> None:
 
 async def test_a_join_that_stalls_in_the_middle_is_given_up(tmp_path: Path) -> None:
     async with serving(House(), tmp_path) as server, Wire(server.port).laid() as wire:
-        wire.frozen.set()
+        wire.frozen = True
         with pytest.raises(LinkError) as caught:
             await join(wire.port, timeout_s=0.5)
         assert caught.value.failure is LinkFailure.TIMEOUT
