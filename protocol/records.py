@@ -121,3 +121,8 @@ def _kind_of(dht_key: bytes) -> DhtKind:
 
 def _signed(dht_key: bytes, subkey: bytes, unsigned: bytes) -> bytes:
     return dht_key + b"\0" + subkey + unsigned
+
+
+def payload_of(value: bytes) -> bytes:
+    """The payload of a record that `check_dht_record` has admitted, also when it is about to expire."""
+    return value[_HEAD.size : -SIGNATURE_BYTES]

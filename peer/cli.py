@@ -1,0 +1,208 @@
+"""The command line: `sparseloco-peer COMMAND`. Heavy rooms are imported by the command that needs them."""
+
+import argparse
+import asyncio
+import dataclasses
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+from peer.config import PeerConfig, read_config
+from peer.errors import UserCode, UserError, render
+from peer.telemetry import Telemetry
+from protocol.errors import ProtocolError
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return the exit status. Users never see a traceback: bugs leave theirs in a file."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.command(arguments) or 0
+        return status
+    except (UserError, ProtocolError) as error:
+        print(render(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the last door: whatever comes here is our own mistake
+        place = Path("sparseloco-peer-crash.txt").absolute()
+        try:
+            place.write_text(traceback.format_exc())
+            where = f"the details are in {place}"
+        except OSError:
+            where = "".join(traceback.format_exc().splitlines()[-3:])
+        bug = UserError(
+            UserCode.PROGRAM_DIED,
+            f"this is a mistake in sparseloco-peer itself: {type(error).__name__}: {error}",
+            f"start the same command again; please report it: {where}",
+        )
+        print(render(bug), file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sparseloco-peer", description="Train one language model together over the open internet."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    join = commands.add_parser("join", help="take part in a run: all you need is its invite")
+    join.add_argument("invite", help="the word that starts with slp1, or a file that holds it")
+    join.add_argument("--home", type=Path, help="folder of this peer's key and files (default ~/.sparseloco-peer)")
+    join.add_argument("--config", type=Path, help="TOML file with this peer's settings")
+    join.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to train")
+    join.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="type of the matrix products")
+    join.add_argument("--threads", type=int, help="CPU threads for training")
+    join.set_defaults(command=_join)
+
+    run = commands.add_parser("run", help="make a run of your own").add_subparsers(required=True, metavar="ACTION")
+    new = run.add_parser("new", help="make keys, sign the run and print its invite")
+    new.add_argument("settings", type=Path, metavar="RUN.toml")
+    new.add_argument("--out", type=Path, required=True, help="folder to make")
+    new.add_argument("--host", default="127.0.0.1", help="name or address under which others reach the aggregator")
+    new.add_argument("--port", type=int, default=7700, help="TCP port of the aggregator")
+    new.add_argument("--bootstrap-port", type=int, default=7701, help="TCP port of the bootstrap node")
+    new.set_defaults(command=_run_new)
+
+    bootstrap = commands.add_parser("bootstrap", help="serve the directory in which the swarm finds itself")
+    bootstrap.add_argument("folder", type=Path, help="the folder that `run new` made")
+    bootstrap.set_defaults(command=_bootstrap)
+
+    aggregate = commands.add_parser("aggregate", help="merge the packets of a run")
+    aggregate.add_argument("folder", type=Path, help="the folder that `run new` made")
+    aggregate.add_argument("--listen", metavar="HOST:PORT", help="where to listen (default 0.0.0.0 and the run's port)")
+    aggregate.set_defaults(command=_aggregate)
+
+    demo = commands.add_parser("demo", help="watch a whole swarm train on this machine")
+    demo.add_argument("--out", type=Path, help="run folder to make (default runs/demo-DATE-TIME)")
+    demo.add_argument("--peers", type=int, default=4)
+    demo.add_argument("--settings", type=Path, help="RUN.toml to use instead of the demo's own")
+    demo.add_argument("--rounds", type=int, help="rounds, instead of those of the settings")
+    demo.set_defaults(command=_demo)
+
+    inspect = commands.add_parser("inspect", help="say what a file of this project holds")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--run", type=Path, help="run.bin of the run, to decode packets and updates in full")
+    inspect.set_defaults(command=_inspect)
+
+    for command in (join, bootstrap, aggregate):
+        command.add_argument("--json", action="store_true", help="also write each event to stdout as a JSON line")
+    for command in (join, aggregate):
+        command.add_argument(
+            "--plaintext-local", action="store_true", help="no TLS; works on the loopback interface only"
+        )
+    return parser
+
+
+def until_stopped(program: Callable[[asyncio.Event], Coroutine[None, None, None]]) -> int:
+    """Run a program until it ends or Ctrl+C: the first asks it to leave cleanly, the second ends it at once."""
+
+    async def run() -> int:
+        stop = asyncio.Event()
+        asked: list[int] = []
+
+        def ask(number: int) -> None:
+            if asked:
+                os._exit(128 + number)
+            asked.append(number)
+            print("leaving; Ctrl+C again leaves at once", file=sys.stderr)
+            stop.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, ask, number)
+        await program(stop)
+        return 0
+
+    return asyncio.run(run())
+
+
+def _config(arguments: argparse.Namespace) -> PeerConfig:
+    config = read_config(arguments.config) if arguments.config else PeerConfig()
+    chosen = {
+        name: getattr(arguments, name)
+        for name in ("home", "device", "dtype", "threads")
+        if getattr(arguments, name) is not None
+    }
+    return dataclasses.replace(config, **chosen)
+
+
+def _join(arguments: argparse.Namespace) -> int:
+    from peer.store import Home  # noqa: PLC0415
+    from protocol.invite import Invite  # noqa: PLC0415
+
+    text = arguments.invite
+    if not text.startswith("slp1") and Path(text).is_file():
+        text = Path(text).read_text("utf-8", errors="replace").strip()
+    invite = Invite.from_text(text)
+    config = _config(arguments)
+    home = Home(config.home)
+
+    async def program(stop: asyncio.Event) -> None:
+        from peer.client import Client  # noqa: PLC0415  torch takes seconds to import
+
+        client = Client(invite, home, config, telemetry, stop, plaintext=arguments.plaintext_local)
+        await client.join()
+
+    with (
+        home.lock(),
+        Telemetry("peer", file=home.log_path, json_stdout=arguments.json or config.log_json) as telemetry,
+    ):
+        return until_stopped(program)
+
+
+def _run_new(arguments: argparse.Namespace) -> int:
+    from peer.operator import RunPlace, new_run, read_settings  # noqa: PLC0415
+
+    place = RunPlace(arguments.host, arguments.port, arguments.bootstrap_port)
+    invite = new_run(read_settings(arguments.settings), arguments.out, place)
+    out = arguments.out
+    print(f"The run is in {out}. Start it, each in a shell of its own:\n", file=sys.stderr)
+    print(f"  sparseloco-peer bootstrap {out}\n  sparseloco-peer aggregate {out}\n", file=sys.stderr)
+    print("and give this invite to everybody who should join (sparseloco-peer join INVITE):\n", file=sys.stderr)
+    print(invite.to_text())
+    return 0
+
+
+def _bootstrap(arguments: argparse.Namespace) -> int:
+    from peer.bootstrap import bootstrap  # noqa: PLC0415
+    from peer.operator import OperatorFolder  # noqa: PLC0415
+
+    folder = OperatorFolder(arguments.folder)
+    folder.load()
+    with Telemetry("bootstrap", file=folder.bootstrap_home / "log.jsonl", json_stdout=arguments.json):
+        return until_stopped(lambda stop: bootstrap(folder, stop))
+
+
+def _aggregate(arguments: argparse.Namespace) -> int:
+    from peer.aggregator import aggregate  # noqa: PLC0415
+    from peer.operator import OperatorFolder  # noqa: PLC0415
+
+    folder = OperatorFolder(arguments.folder)
+    folder.load()
+    with Telemetry("aggregator", file=folder.aggregator_home / "log.jsonl", json_stdout=arguments.json):
+        return until_stopped(
+            lambda stop: aggregate(folder, stop, listen=arguments.listen, plaintext=arguments.plaintext_local)
+        )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from peer.demo import demo  # noqa: PLC0415
+
+    return demo(out=arguments.out, peers=arguments.peers, settings=arguments.settings, rounds=arguments.rounds)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from peer.inspect import inspect  # noqa: PLC0415
+
+    for line in inspect(arguments.file, arguments.run):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

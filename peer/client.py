@@ -1,0 +1,523 @@
+"""The peer: finds the run, takes its parameters, trains, sends packets and applies updates until the run is complete.
+
+`ReplicaRound` decides what is done next; this program performs it: inner steps and merges in threads, bytes over the
+link. It only ever dials out, and it goes on by itself through a restart of the aggregator or a lost connection.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+
+import numpy as np
+import structlog
+
+from peer.config import PeerConfig
+from peer.core.device import pick_device, pick_dtype, set_threads
+from peer.core.replica import Replica, Trained
+from peer.data.prepare import Dataset, prepare
+from peer.errors import UserCode, UserError
+from peer.find import Finder
+from peer.net.errors import LinkError, LinkFailure
+from peer.net.link import Link
+from peer.net.messages import RoundClosed, RoundOpened
+from peer.store import Home, RunFolder, load_or_make_key
+from peer.telemetry import Progress, Telemetry
+from protocol.errors import Code, ProtocolError
+from protocol.identity import NO_DIGEST, leaf_hash, merkle_root_of_hashes
+from protocol.invite import Invite
+from protocol.ledger import RoundRecord, check_record
+from protocol.limits import PIECE_BYTES, RECORD_BYTES_MAX, RUN_BYTES_MAX
+from protocol.packet import make_packet
+from protocol.round import (
+    Alarm,
+    Applied,
+    ApplyUpdate,
+    CatchUp,
+    Connected,
+    Failed,
+    InnerDone,
+    LoadState,
+    Lost,
+    MakePacket,
+    Opened,
+    PacketReady,
+    Receipt,
+    Recorded,
+    ReplicaEffect,
+    ReplicaEvent,
+    ReplicaRound,
+    Send,
+    Settle,
+    StopInner,
+    Tick,
+    TrainInner,
+    WakeAt,
+)
+from protocol.run import RunConfig, SignedRun
+from protocol.update import UpdateTensor, check_update
+from protocol.wire import packet_to_wire, update_from_wire, update_wire_bytes_max
+
+log = structlog.get_logger()
+
+FIRST_PATIENCE_S = 30.0  # how long the very first connection is tried before we tell the user
+BACKOFF_S_MIN = 1.0
+BACKOFF_S_MAX = 30.0
+LEAVE_S = 4.0  # Ctrl+C answers within five seconds
+
+
+@dataclass
+class Totals:
+    """What this peer has done since it was started."""
+
+    rounds: int = 0
+    accepted: int = 0
+    tokens: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    sent_values: int = 0
+    inner_s: float = 0.0
+    began_s: float | None = None
+    loss: float | None = None
+
+
+@dataclass
+class _Packet:
+    digest: bytes
+    wire: bytes
+    values: int
+
+
+@dataclass
+class _Held:
+    """What the last job left for the next effect."""
+
+    packet: _Packet | None = None
+    work: Trained | None = None
+    totals: Totals = field(default_factory=Totals)
+
+
+class Client:
+    """One replica of one run, from the first connection to the last round."""
+
+    def __init__(  # noqa: PLR0913 - these are the rooms that a peer joins together
+        self,
+        invite: Invite,
+        home: Home,
+        config: PeerConfig,
+        telemetry: Telemetry,
+        stop: asyncio.Event,
+        *,
+        plaintext: bool = False,
+        rounds_max: int | None = None,
+    ) -> None:
+        self._invite, self._home, self._config = invite, home, config
+        self._telemetry, self._stop, self._plaintext, self._rounds_max = telemetry, stop, plaintext, rounds_max
+        self._key = load_or_make_key(home.key_path)
+        self._inbox: asyncio.Queue[ReplicaEvent] = asyncio.Queue()
+        self._link: Link | None = None
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._stop_inner = threading.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._held = _Held()
+        self._crash: BaseException | None = None
+        # Set by `join` once the run is known.
+        self.run: RunConfig
+        self._folder: RunFolder
+        self._data: Dataset
+        self._replica: Replica
+        self._machine: ReplicaRound
+        self._progress: Progress
+
+    async def join(self) -> Totals:
+        """Take part until the run is complete or `stop` is set. Raises UserError or ProtocolError."""
+        finder = await Finder.open(self._invite, self._home)
+        try:
+            link = await self._first_link(finder)
+            await self._prepare(link)
+            with self._telemetry.progress(self.run.outer.rounds, self.run.inner.steps) as self._progress:
+                keeper = asyncio.create_task(self._keep_link(link, finder))
+                try:
+                    await self._drive(keeper)
+                finally:
+                    await self._leave(keeper)
+        finally:
+            await finder.close()
+        return self._held.totals
+
+    # The link
+
+    async def _first_link(self, finder: Finder) -> Link:
+        """Connect, or say after half a minute why that is impossible."""
+        began_s, wait_s = time.monotonic(), BACKOFF_S_MIN
+        while True:
+            try:
+                return await self._open_link(finder)
+            except LinkError as error:
+                if not error.retryable or time.monotonic() - began_s + wait_s > FIRST_PATIENCE_S or self._stop.is_set():
+                    raise as_user_error(error) from error
+                log.warning("no aggregator yet", why=error.reason, retry_in_s=wait_s)
+            await wait(self._stop, wait_s)
+            wait_s = min(2 * wait_s, BACKOFF_S_MAX)
+
+    async def _open_link(self, finder: Finder) -> Link:
+        """Try every address that the directory and the invite name. Raises LinkError or ProtocolError."""
+        failure: LinkError | None = None
+        for place in await finder.places():
+            try:
+                return await Link.open(
+                    place.address,
+                    run_id=self._invite.run_id,
+                    key=self._key,
+                    expect_aggregators=place.aggregators,
+                    certificate_sha256=None if self._plaintext else place.certificate_sha256,
+                    plaintext=self._plaintext,
+                )
+            except LinkError as error:
+                failure = error
+        assert failure is not None, "an invite names at least one address"
+        raise failure
+
+    async def _keep_link(self, link: Link, finder: Finder) -> None:
+        """Feed the machine from the link, and make a new one whenever it breaks."""
+        wait_s = BACKOFF_S_MIN
+        while not self._stop.is_set():
+            self._link = link
+            try:
+                self._post(Connected(self._checked(link.head_record)))
+                async for event in link.watch():
+                    wait_s = BACKOFF_S_MIN
+                    match event:
+                        case RoundOpened():
+                            self._post(Opened(event.round, event.base_root, event.inner_steps, event.closes_in_s))
+                        case RoundClosed():
+                            self._post(Recorded((self._checked(event.record),)))
+                reason = "the aggregator ended the connection"
+            except (LinkError, ProtocolError) as error:
+                reason = str(error)
+            self._link = None
+            self._post(Lost(reason))
+            await link.close()
+            log.warning("connection lost", why=reason)
+            while not self._stop.is_set():
+                await wait(self._stop, wait_s)
+                wait_s = min(2 * wait_s, BACKOFF_S_MAX)
+                try:
+                    link = await self._open_link(finder)
+                    log.info("connected again", address=link.address)
+                    break
+                except (LinkError, ProtocolError) as error:
+                    log.warning("no aggregator", why=str(error), retry_in_s=wait_s)
+
+    def _checked(self, data: bytes) -> RoundRecord:
+        record = RoundRecord.from_bytes(data)
+        check_record(record, self.run)
+        return record
+
+    async def _prepare(self, link: Link) -> None:
+        """Fetch and verify the run, then make its data and the replica."""
+        log.info("connected", address=link.address, aggregator=link.aggregator)
+        run_id = self._invite.run_id
+        signed = SignedRun.from_bytes(await link.fetch("run", run_id, size_max=RUN_BYTES_MAX + 1024), run_id=run_id)
+        self.run = signed.config
+        self._folder = self._home.run(run_id)
+        device = pick_device(self._config.device)
+        set_threads(self._config.threads)
+
+        def build() -> tuple[Dataset, Replica]:
+            data = prepare(self.run.data, self._home.path / "data", self._config.data_paths)
+            data.check_vocabulary(self.run.model.vocab_size)
+            return data, Replica(
+                self.run, device, pick_dtype(self._config.dtype, device), self._config.micro_batch
+            )
+
+        try:
+            self._data, self._replica = await asyncio.to_thread(build)
+        except ValueError as error:
+            raise UserError(UserCode.NO_CORPUS, str(error), "get what the run needs, then start again") from error
+        self._machine = ReplicaRound(self.run)
+        log.info(
+            "run",
+            name=self.run.name,
+            run_id=run_id,
+            parameters=self.run.layout.size,
+            device=str(device),
+            rounds=self.run.outer.rounds,
+            inner_steps=self.run.inner.steps,
+        )
+
+    # The machine
+
+    def _post(self, event: ReplicaEvent) -> None:
+        self._inbox.put_nowait(event)
+
+    async def _drive(self, keeper: asyncio.Task[None]) -> None:
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            while not self._machine.finished and not self._stop.is_set():
+                got = asyncio.create_task(self._inbox.get())
+                await asyncio.wait({got, stopped, keeper}, return_when=asyncio.FIRST_COMPLETED)
+                if not got.done():
+                    got.cancel()
+                    if keeper.done():
+                        keeper.result()
+                    break
+                for effect in self._machine.handle(got.result(), time.monotonic()):
+                    await self._perform(effect)
+                if self._rounds_max is not None and self._held.totals.accepted >= self._rounds_max:
+                    break
+        finally:
+            stopped.cancel()
+        if self._machine.finished:
+            self._finish()
+
+    async def _perform(self, effect: ReplicaEffect) -> None:
+        match effect:
+            case TrainInner():
+                self._start(effect, self._train(effect))
+            case MakePacket():
+                self._start(effect, self._make_packet(effect))
+            case ApplyUpdate():
+                self._start(effect, self._apply_update(effect.record))
+            case LoadState():
+                self._start(effect, self._load_state(effect.record))
+            case CatchUp():
+                self._start(effect, self._catch_up(effect))
+            case Send():
+                self._start(effect, self._send(effect.digest))
+            case StopInner():
+                self._stop_inner.set()
+            case Settle():
+                await asyncio.to_thread(self._settle, effect)
+            case Alarm():
+                log.warning("alarm", why=effect.reason)
+            case WakeAt():
+                if self._timer is not None:
+                    self._timer.cancel()
+                delay_s = max(0.0, effect.at_s - time.monotonic())
+                self._timer = asyncio.get_running_loop().call_later(delay_s, self._post, Tick())
+
+    def _start(self, effect: ReplicaEffect, job: Coroutine[None, None, ReplicaEvent]) -> None:
+        """Run a job beside the machine; its answer, or the reason why there is none, comes back as an event."""
+
+        async def answered() -> None:
+            try:
+                self._post(await job)
+            except LinkError as error:
+                self._fail(effect, error.reason, gone=False)
+            except ProtocolError as error:
+                self._fail(effect, str(error), gone=True)
+
+        task = asyncio.create_task(answered())
+        self._jobs.add(task)
+        task.add_done_callback(self._job_done)
+
+    def _fail(self, effect: ReplicaEffect, reason: str, *, gone: bool) -> None:
+        log.warning("will try again", job=type(effect).__name__, why=reason)
+        if isinstance(effect, Send):
+            self._post(Receipt(effect.digest, False, int(Code.BUSY)))
+        else:
+            self._post(Failed(reason, gone))
+
+    def _job_done(self, task: asyncio.Task[None]) -> None:
+        self._jobs.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            # Our own mistake or a user error such as a full disk: it ends the program, by way of the driver.
+            self._crash = task.exception()
+            self._stop.set()
+
+    # The jobs
+
+    async def _train(self, effect: TrainInner) -> ReplicaEvent:
+        self._stop_inner.clear()
+        inner = self.run.inner
+        batches = self._data.training_batches(effect.round, self._key.public, inner.steps, inner.batch_size)
+        step_tokens = inner.batch_size * self.run.data.sequence_length
+        began_s = time.monotonic()
+        if self._held.totals.began_s is None:
+            self._held.totals.began_s = began_s
+
+        def on_step(steps: int, loss: float) -> None:
+            self._progress.report(round=effect.round, step=steps, tokens=step_tokens, loss=loss)
+            if steps >= effect.steps:
+                self._stop_inner.set()
+
+        trained = await asyncio.to_thread(
+            self._replica.train_steps, effect.round, batches, self._stop_inner.is_set, on_step
+        )
+        self._held.work = trained
+        self._held.totals.inner_s += time.monotonic() - began_s
+        self._held.totals.tokens += trained.tokens
+        if trained.steps:
+            self._held.totals.loss = trained.mean_loss
+        return InnerDone(effect.round, trained.steps, trained.tokens)
+
+    async def _make_packet(self, effect: MakePacket) -> ReplicaEvent:
+        record = self._machine.record
+        assert record is not None, "work starts from a record"
+
+        def build() -> _Packet:
+            tensors = self._replica.make_contribution()
+            packet = make_packet(
+                self.run, self._key, effect.round, record.state_root, effect.tokens, effect.steps, tensors
+            )
+            wire = packet_to_wire(packet, self.run)
+            return _Packet(packet.header.digest, wire, sum(tensor.indices.size for tensor in tensors))
+
+        try:
+            self._held.packet = await asyncio.to_thread(build)
+        except ValueError as error:
+            self._replica.apply(())
+            return Failed(str(error))
+        return PacketReady(self._held.packet.digest)
+
+    async def _send(self, digest: bytes) -> ReplicaEvent:
+        packet = self._held.packet
+        assert packet is not None and packet.digest == digest, "the machine sends what was made last"
+        answer = await self._the_link().submit(digest, packet.wire)
+        self._held.totals.bytes_up += len(packet.wire)
+        self._held.totals.sent_values += packet.values
+        log.info("receipt", accepted=answer.accepted, code=answer.code, bytes=len(packet.wire))
+        return Receipt(digest, answer.accepted, answer.code)
+
+    def _settle(self, effect: Settle) -> None:
+        """Commit what counts; put everything else back into the residual."""
+        if self._held.packet is None:
+            try:
+                self._replica.absorb()
+            except ValueError as error:
+                log.warning("alarm", why=str(error))
+        elif effect.accepted:
+            self._replica.commit()
+            self._held.totals.accepted += 1
+        else:
+            self._replica.restore()
+        self._held.packet = None
+
+    async def _apply_update(self, record: RoundRecord) -> ReplicaEvent:
+        tensors: list[UpdateTensor] = []
+        size = 0
+        if record.update_digest != NO_DIGEST:
+            limit = update_wire_bytes_max(self.run)
+            data = await self._the_link().fetch("update", record.update_digest, size_max=limit)
+            size = len(data)
+            tensors = await asyncio.to_thread(self._read_update, data, record)
+        root = await asyncio.to_thread(self._replica.apply, tensors)
+        self._held.totals.rounds += 1
+        self._held.totals.bytes_down += size
+        log.info(
+            "round",
+            round=record.round,
+            reason=record.reason.name.lower(),
+            mine_counted=any(entry.peer == self._key.public and entry.weight for entry in record.entries),
+            contributors=sum(entry.weight > 0 for entry in record.entries),
+            loss=self._held.totals.loss,
+            update_bytes=size,
+            state_root=root.hex(),
+        )
+        return Applied(record.round, root)
+
+    def _read_update(self, data: bytes, record: RoundRecord) -> list[UpdateTensor]:
+        update = update_from_wire(data, self.run)
+        if update.header.round != record.round or update.header.new_root != record.state_root:
+            raise ProtocolError(Code.WRONG_ROOT, "the update belongs to another round")
+        return check_update(update, self.run, digest=record.update_digest)
+
+    async def _load_state(self, record: RoundRecord) -> ReplicaEvent:
+        """Fetch the outer parameters piece by piece, each checked against its hash and all against the root."""
+        link = self._the_link()
+        size = 4 * self.run.layout.size
+        count = -(-size // PIECE_BYTES)
+        data = await link.fetch("state", record.state_root, size_max=32 * count)
+        hashes = [data[start : start + 32] for start in range(0, len(data), 32)]
+        if len(data) != 32 * count or merkle_root_of_hashes(hashes) != record.state_root:
+            raise ProtocolError(Code.BAD_STATE, "the piece hashes do not lead to the state root")
+        flat = np.empty(self.run.layout.size, dtype=np.float32)
+        target = memoryview(flat.data).cast("B")
+        for index, piece_hash in enumerate(hashes):
+            piece = await link.fetch("piece", piece_hash, size_max=PIECE_BYTES)
+            place = target[index * PIECE_BYTES : (index + 1) * PIECE_BYTES]
+            if len(piece) != len(place) or leaf_hash(piece) != piece_hash:
+                raise ProtocolError(Code.BAD_STATE, f"piece {index} of the state is not what its hash says")
+            place[:] = piece
+            log.info("downloading", piece=index + 1, of=count, bytes=min(size, (index + 1) * PIECE_BYTES))
+        root = await asyncio.to_thread(self._replica.load_outer, flat)
+        log.info("state loaded", round=record.round, state_root=root.hex())
+        return Applied(record.round, root)
+
+    async def _catch_up(self, effect: CatchUp) -> ReplicaEvent:
+        records = [effect.head]
+        while records[-1].round > effect.have.round + 1:
+            digest = records[-1].previous
+            record = self._checked(await self._the_link().fetch("record", digest, size_max=RECORD_BYTES_MAX))
+            if record.digest != digest:
+                raise ProtocolError(Code.WRONG_DIGEST, "the record is another than the one asked for")
+            records.append(record)
+        return Recorded(tuple(reversed(records)))
+
+    def _the_link(self) -> Link:
+        if self._link is None:
+            raise LinkError(LinkFailure.CUT, "there is no connection at the moment", retryable=True)
+        return self._link
+
+    # The end
+
+    def _finish(self) -> None:
+        record, totals = self._machine.record, self._held.totals
+        assert record is not None, "a finished run has a last record"
+        wall_s = time.monotonic() - totals.began_s if totals.began_s is not None else 0.0
+        flat = self._replica.outer_state()
+        root = self._folder.states.save(flat, self.run.layout, {"run": self.run.name, "round": str(record.round)})
+        log.info(
+            "finished",
+            rounds=record.round,
+            applied=totals.rounds,
+            accepted=totals.accepted,
+            tokens=totals.tokens,
+            bytes_up=totals.bytes_up,
+            bytes_down=totals.bytes_down,
+            bits_per_value=8 * totals.bytes_up / totals.sent_values if totals.sent_values else None,
+            inner_time_share=totals.inner_s / wall_s if wall_s else None,
+            state_root=root.hex(),
+        )
+
+    async def _leave(self, keeper: asyncio.Task[None]) -> None:
+        """Stop training after the current step, close the link and forget the timers."""
+        self._stop_inner.set()
+        if self._timer is not None:
+            self._timer.cancel()
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        if self._jobs:
+            await asyncio.wait(self._jobs, timeout=LEAVE_S)
+        if self._link is not None:
+            await self._link.close()
+        self._folder.close()
+        if self._crash is not None:
+            raise self._crash
+
+
+def as_user_error(error: LinkError) -> UserError:
+    """What a failed first connection means for the person at the keyboard."""
+    code, remedy = _LINK_REMEDIES.get(error.failure, _OTHER_LINK)
+    return UserError(code, error.reason, remedy)
+
+
+_OTHER_LINK = (UserCode.CONNECTION_LOST, "check the network and start the same command again; what is done is kept")
+_LINK_REMEDIES = {
+    LinkFailure.ADDRESS: (UserCode.UNKNOWN_HOST, "ask the operator for a new invite: its address is unusable"),
+    LinkFailure.DNS: (UserCode.UNKNOWN_HOST, "check the network and its DNS, or ask the operator for a new invite"),
+    LinkFailure.REFUSED: (UserCode.UNREACHABLE, "ask the operator whether `sparseloco-peer aggregate` is running"),
+    LinkFailure.UNREACHABLE: (UserCode.UNREACHABLE, "check this machine's network, then start the same command again"),
+    LinkFailure.TIMEOUT: (UserCode.TIMED_OUT, "check that a firewall lets outgoing TCP through to that port"),
+    LinkFailure.CERTIFICATE: (UserCode.WRONG_CERTIFICATE, "ask the operator for the newest invite; do not go on if it is the same: somebody may sit in between"),
+    LinkFailure.NOT_OURS: (UserCode.UNREACHABLE, "ask the operator for the right address: something else answers there"),
+}
+
+
+async def wait(stop: asyncio.Event, seconds: float) -> None:
+    """Sleep for so long, or less when it is time to leave."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), seconds)
