@@ -73,11 +73,10 @@ fix: $(DEV)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# The mapping makes the generated modules import each other as peer.net.pb.
+# The mapping makes the generated code a part of the package peer.net.pb; tests/test_generated.py does the same.
 proto: $(DEV)
-	mkdir -p peer/net/pb
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m grpc_tools.protoc -I peer/net/pb=proto \
-	  --python_out=. --mypy_out=. --grpc_python_out=. --mypy_grpc_out=. peer/net/pb/swarm.proto
+	  --python_out=. --mypy_out=. peer/net/pb/swarm.proto
 
 # The tests come last, so that their summary ends the log.
 ci: $(HF)
