@@ -438,9 +438,7 @@ async def _advertise(program: Aggregator, invite: Invite, key: PrivateKey, stop:
         while not stop.is_set():
             wait_s = DHT_TTL_S / 3
             expires_s = int(time.time()) + DHT_TTL_S
-            ad = Ad(
-                invite.addresses, invite.certificate_sha256, program.head.round, program.head.digest
-            ).to_payload()
+            ad = Ad(invite.addresses, invite.certificate_sha256, program.head.round, program.head.digest).to_payload()
             value = make_dht_record(key, dht_key, DhtKind.AGGREGATOR, ad, expires_s)
             try:
                 await directory.publish(dht_key, key.public, value, expires_s)

@@ -229,9 +229,7 @@ class Client:
         def build() -> tuple[Dataset, Replica]:
             data = prepare(self.run.data, self._home.path / "data", self._config.data_paths)
             data.check_vocabulary(self.run.model.vocab_size)
-            return data, Replica(
-                self.run, device, pick_dtype(self._config.dtype, device), self._config.micro_batch
-            )
+            return data, Replica(self.run, device, pick_dtype(self._config.dtype, device), self._config.micro_batch)
 
         try:
             self._data, self._replica = await asyncio.to_thread(build)
@@ -512,8 +510,14 @@ _LINK_REMEDIES = {
     LinkFailure.REFUSED: (UserCode.UNREACHABLE, "ask the operator whether `sparseloco-peer aggregate` is running"),
     LinkFailure.UNREACHABLE: (UserCode.UNREACHABLE, "check this machine's network, then start the same command again"),
     LinkFailure.TIMEOUT: (UserCode.TIMED_OUT, "check that a firewall lets outgoing TCP through to that port"),
-    LinkFailure.CERTIFICATE: (UserCode.WRONG_CERTIFICATE, "ask the operator for the newest invite; do not go on if it is the same: somebody may sit in between"),
-    LinkFailure.NOT_OURS: (UserCode.UNREACHABLE, "ask the operator for the right address: something else answers there"),
+    LinkFailure.CERTIFICATE: (
+        UserCode.WRONG_CERTIFICATE,
+        "ask the operator for the newest invite; do not go on if it is the same: somebody may sit in between",
+    ),
+    LinkFailure.NOT_OURS: (
+        UserCode.UNREACHABLE,
+        "ask the operator for the right address: something else answers there",
+    ),
 }
 
 
