@@ -19,7 +19,7 @@ from peer.core.device import pick_device, pick_dtype, set_threads
 from peer.core.replica import Replica, Trained
 from peer.data.prepare import Dataset, prepare
 from peer.errors import UserCode, UserError
-from peer.find import Finder
+from peer.find import DHT_TTL_S, Finder
 from peer.net.errors import LinkError, LinkFailure
 from peer.net.link import Link
 from peer.net.messages import RoundClosed, RoundOpened
@@ -65,6 +65,7 @@ log = structlog.get_logger()
 FIRST_PATIENCE_S = 30.0  # how long the very first connection is tried before we tell the user
 BACKOFF_S_MIN = 1.0
 BACKOFF_S_MAX = 30.0
+ANNOUNCE_S = DHT_TTL_S / 3
 LEAVE_S = 4.0  # Ctrl+C answers within five seconds
 
 
@@ -139,9 +140,12 @@ class Client:
             await self._prepare(link)
             with self._telemetry.progress(self.run.outer.rounds, self.run.inner.steps) as self._progress:
                 keeper = asyncio.create_task(self._keep_link(link, finder))
+                herald = asyncio.create_task(self._announce(finder))
                 try:
                     await self._drive(keeper)
                 finally:
+                    herald.cancel()
+                    await asyncio.gather(herald, return_exceptions=True)
                     await self._leave(keeper)
         finally:
             await finder.close()
@@ -210,6 +214,14 @@ class Client:
                     break
                 except (LinkError, ProtocolError) as error:
                     log.warning("no aggregator", why=str(error), retry_in_s=wait_s)
+
+    async def _announce(self, finder: Finder) -> None:
+        """Show this peer in the directory for as long as it takes part."""
+        while True:
+            record = self._machine.record
+            if record is not None:
+                await finder.announce(self._key, record.round, record.digest)
+            await asyncio.sleep(ANNOUNCE_S if record is not None else 1.0)
 
     def _checked(self, data: bytes) -> RoundRecord:
         record = RoundRecord.from_bytes(data)
