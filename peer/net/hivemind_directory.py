@@ -323,7 +323,7 @@ class HivemindDirectory:
 
     async def _keep(self) -> None:
         """Start the daemon again when it has died, and dial the bootstraps again when the table has shrunk."""
-        failures = 0
+        failures = 0 if not self._problem else 1
         while True:
             await asyncio.sleep(_pause_s(self._settings.check_s, failures))
             try:
@@ -447,8 +447,9 @@ def _listens(path: Path) -> bool:
 
 
 def _pause_s(check_s: float, failures: int) -> float:
-    """The time to the next look: the usual one, longer after failures, never the same for all peers."""
-    return min(check_s * 2.0 ** min(failures, 10), max(check_s, _BACKOFF_S_MAX)) * random.uniform(0.8, 1.2)  # noqa: S311
+    """The time to the next look: soon after a failure, then longer and longer; never the same for all peers."""
+    pause_s = min(2.0 ** min(failures - 1, 10), _BACKOFF_S_MAX) if failures else check_s
+    return pause_s * random.uniform(0.8, 1.2)  # noqa: S311 -- spreads the load, guards nothing
 
 
 def _last_reason(text: str) -> str:
