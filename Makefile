@@ -44,7 +44,7 @@ $(DEV): pyproject.toml
 	    echo '  try: sudo apt install python3 python3-venv python3-pip   (or brew install python@3.12)' >&2; \
 	    exit 1; \
 	  fi; \
-	  echo "Setting up .venv with $$($$found --version); this downloads about 400 MB once."; \
+	  echo "Setting up .venv with $$($$found --version); PyTorch and the rest are downloaded once."; \
 	  rm -rf .venv; \
 	  $$found -m venv .venv; \
 	fi

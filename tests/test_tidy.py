@@ -127,7 +127,8 @@ def _size(module: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
             lines = node.end_lineno - node.lineno + 1
             if lines > FUNCTION_LINES_MAX:
                 yield node.lineno, f"{node.name} has {lines} lines; at most {FUNCTION_LINES_MAX} are allowed"
-            if (module, node.name) not in STAND_INS:
+            # In a test, `**fields` for dataclasses.replace hides nothing that a reader needs.
+            if (module, node.name) not in STAND_INS and not within(module, "tests"):
                 yield from _passes_through(node)
 
 
@@ -178,7 +179,8 @@ def _never(module: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def test_the_house_is_tidy() -> None:
-    assert findings(ROOT) == []
+    found = findings(ROOT)
+    assert not found, "\n" + "\n".join(found)
 
 
 SINS = {
@@ -233,6 +235,7 @@ VIRTUES = [
     "peer/e.py: x = 1  # noqa: S104  peers dial in from anywhere\ny = 1  # noqa: S104",
     "peer/f.py: import os\nos.environ.setdefault('GRPC_VERBOSITY', 'NONE')",
     "peer/g.py: def f(*args: P.args, **kwargs: P.kwargs) -> None:\n    g(*args, **kwargs)",
+    "tests/c.py: def f(**fields: int) -> None:\n    g(**fields)",
     "tests/b.py: import os\nos.environ['X'] = '1'",
     "tests/a.py: def f() -> None:\n" + "    pass\n" * 69,
 ]
