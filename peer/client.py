@@ -62,7 +62,7 @@ from protocol.wire import packet_to_wire, update_from_wire, update_wire_bytes_ma
 
 log = structlog.get_logger()
 
-FIRST_PATIENCE_S = 30.0  # how long the very first connection is tried before we tell the user
+FIRST_PATIENCE_S = 30.0  # how long the very first connection is tried before the user is told
 BACKOFF_S_MIN = 1.0
 BACKOFF_S_MAX = 30.0
 ANNOUNCE_S = DHT_TTL_S / 3
@@ -113,9 +113,11 @@ class Client:
         *,
         plaintext: bool = False,
         rounds_max: int | None = None,
+        patience_s: float = FIRST_PATIENCE_S,
     ) -> None:
         self._invite, self._home, self._config = invite, home, config
         self._telemetry, self._stop, self._plaintext, self._rounds_max = telemetry, stop, plaintext, rounds_max
+        self._patience_s = patience_s
         self._key = load_or_make_key(home.key_path)
         self._inbox: asyncio.Queue[ReplicaEvent] = asyncio.Queue()
         self._link: Link | None = None
@@ -137,7 +139,11 @@ class Client:
         finder = await Finder.open(self._invite, self._home)
         try:
             link = await self._first_link(finder)
-            await self._prepare(link)
+            try:
+                await self._prepare(link)
+            except BaseException:
+                await link.close()
+                raise
             with self._telemetry.progress(self.run.outer.rounds, self.run.inner.steps) as self._progress:
                 keeper = asyncio.create_task(self._keep_link(link, finder))
                 herald = asyncio.create_task(self._announce(finder))
@@ -154,13 +160,13 @@ class Client:
     # The link
 
     async def _first_link(self, finder: Finder) -> Link:
-        """Connect, or say after half a minute why that is impossible."""
+        """Connect, or say when patience runs out why that is impossible."""
         began_s, wait_s = time.monotonic(), BACKOFF_S_MIN
         while True:
             try:
                 return await self._open_link(finder)
             except LinkError as error:
-                if not error.retryable or time.monotonic() - began_s + wait_s > FIRST_PATIENCE_S or self._stop.is_set():
+                if not error.retryable or time.monotonic() - began_s + wait_s > self._patience_s or self._stop.is_set():
                     raise as_user_error(error) from error
                 log.warning("no aggregator yet", why=error.reason, retry_in_s=wait_s)
             await wait(self._stop, wait_s)
