@@ -96,11 +96,18 @@ class Aggregator:
         self._tasks: set[asyncio.Task[None]] = set()
         self._states: deque[HeldState] = deque(maxlen=STATES_IN_MEMORY)
         self.head = self._recover()
-        self.round = AggregatorRound(self.run, self.head.round + 1, self.head.state_root, self._loop.time())
+        self.round = AggregatorRound(
+            self.run,
+            self.head.round + 1,
+            self.head.state_root,
+            self._loop.time(),
+            taken_up=self._packets_of_open_round(),
+        )
         self._opened_ms = now_ms()
-        self._take_up_packets()
         if self.head.round >= self.run.outer.rounds:
             self.finished.set()
+        else:
+            self._handle(Tick())
 
     # What the network asks for
 
@@ -123,10 +130,12 @@ class Aggregator:
         queue: asyncio.Queue[RoundEvent] = asyncio.Queue(WATCH_QUEUE_MAX)
         self._watchers.setdefault(peer, set()).add(queue)
         try:
-            if self.finished.is_set():
-                yield RoundClosed(self.head.to_bytes())
-            elif not self.round.closed:
-                yield self._opened_event()
+            # The head first: its round may have closed between this peer's welcome and its watch.
+            events: list[RoundEvent] = [RoundClosed(self.head.to_bytes())]
+            if not self.finished.is_set() and not self.round.closed:
+                events.append(self._opened_event())
+            for event in events:
+                yield event
             while True:
                 yield await queue.get()
         finally:
@@ -367,10 +376,10 @@ class Aggregator:
         log.info("continuing", round=row.round, state_root=row.state_root.hex())
         return RoundRecord.from_bytes(row.data)
 
-    def _take_up_packets(self) -> None:
+    def _packets_of_open_round(self) -> list[Arrived]:
         """Packets that had their receipts before a crash still count."""
-        for row in self._folder.journal.packets(self.round.round):
-            self._handle(Arrived(row.peer, row.digest, row.tokens, row.inner_steps))
+        rows = self._folder.journal.packets(self.head.round + 1)
+        return [Arrived(row.peer, row.digest, row.tokens, row.inner_steps) for row in rows]
 
 
 def now_ms() -> int:
@@ -408,7 +417,7 @@ async def aggregate(
             store.close()
 
 
-async def _serve(  # noqa: PLR0913 - where, as whom and with what
+async def _serve(
     program: Aggregator, home: Home, host: str, port: int, key: PrivateKey, tls: TlsIdentity | None
 ) -> Server:
     try:

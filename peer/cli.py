@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to train")
     join.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="type of the matrix products")
     join.add_argument("--threads", type=int, help="CPU threads for training")
+    join.add_argument(
+        "--patience", type=float, default=30.0, metavar="SECONDS", help="how long to try the first connection (30)"
+    )
     join.set_defaults(command=_join)
 
     run = commands.add_parser("run", help="make a run of your own").add_subparsers(required=True, metavar="ACTION")
@@ -132,8 +135,8 @@ def _config(arguments: argparse.Namespace) -> PeerConfig:
 
 
 def _join(arguments: argparse.Namespace) -> int:
-    from peer.store import Home  # noqa: PLC0415
-    from protocol.invite import Invite  # noqa: PLC0415
+    from peer.store import Home
+    from protocol.invite import Invite
 
     text = arguments.invite
     if not text.startswith("slp1") and Path(text).is_file():
@@ -143,9 +146,17 @@ def _join(arguments: argparse.Namespace) -> int:
     home = Home(config.home)
 
     async def program(stop: asyncio.Event) -> None:
-        from peer.client import Client  # noqa: PLC0415  torch takes seconds to import
+        from peer.client import Client
 
-        client = Client(invite, home, config, telemetry, stop, plaintext=arguments.plaintext_local)
+        client = Client(
+            invite,
+            home,
+            config,
+            telemetry,
+            stop,
+            plaintext=arguments.plaintext_local,
+            patience_s=arguments.patience,
+        )
         await client.join()
 
     with (
@@ -156,7 +167,7 @@ def _join(arguments: argparse.Namespace) -> int:
 
 
 def _run_new(arguments: argparse.Namespace) -> int:
-    from peer.operator import RunPlace, new_run, read_settings  # noqa: PLC0415
+    from peer.operator import RunPlace, new_run, read_settings
 
     place = RunPlace(arguments.host, arguments.port, arguments.bootstrap_port)
     invite = new_run(read_settings(arguments.settings), arguments.out, place)
@@ -169,8 +180,8 @@ def _run_new(arguments: argparse.Namespace) -> int:
 
 
 def _bootstrap(arguments: argparse.Namespace) -> int:
-    from peer.bootstrap import bootstrap  # noqa: PLC0415
-    from peer.operator import OperatorFolder  # noqa: PLC0415
+    from peer.bootstrap import bootstrap
+    from peer.operator import OperatorFolder
 
     folder = OperatorFolder(arguments.folder)
     folder.load()
@@ -179,8 +190,8 @@ def _bootstrap(arguments: argparse.Namespace) -> int:
 
 
 def _aggregate(arguments: argparse.Namespace) -> int:
-    from peer.aggregator import aggregate  # noqa: PLC0415
-    from peer.operator import OperatorFolder  # noqa: PLC0415
+    from peer.aggregator import aggregate
+    from peer.operator import OperatorFolder
 
     folder = OperatorFolder(arguments.folder)
     folder.load()
@@ -191,13 +202,13 @@ def _aggregate(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from peer.demo import demo  # noqa: PLC0415
+    from peer.demo import demo
 
     return demo(out=arguments.out, peers=arguments.peers, settings=arguments.settings, rounds=arguments.rounds)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from peer.inspect import inspect  # noqa: PLC0415
+    from peer.inspect import inspect
 
     for line in inspect(arguments.file, arguments.run):
         print(line)

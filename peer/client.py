@@ -103,7 +103,7 @@ class _Held:
 class Client:
     """One replica of one run, from the first connection to the last round."""
 
-    def __init__(  # noqa: PLR0913 - these are the rooms that a peer joins together
+    def __init__(
         self,
         invite: Invite,
         home: Home,
