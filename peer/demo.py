@@ -263,7 +263,7 @@ def _report(swarm: Swarm, store: RunFolder, began_s: float) -> None:
     roots = {"aggregator": head.state_root.hex(), **roots}
     summary = _summary(swarm, store, (losses[0], losses[-1], alone[-1].val_loss), finished, roots)
     bench.replica.load_outer(final)
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415  not needed before
 
     tokenizer = bench.data.tokenizer
     prompt = torch.from_numpy(tokenizer.encode(PROMPT).astype(np.int64))

@@ -173,7 +173,7 @@ def _entries(data: bytes) -> Iterator[Entry]:
 
 def _check_meaning(record: RoundRecord) -> None:
     """Raise ProtocolError BAD_RECORD unless the fields of the record fit each other."""
-    problems = [entry._problem() for entry in record.entries]  # noqa: SLF001
+    problems = [entry._problem() for entry in record.entries]
     problems.append(_head_problem(record))
     order = [(entry.peer, entry.packet_digest) for entry in record.entries]
     if any(left >= right for left, right in itertools.pairwise(order)):
@@ -209,7 +209,7 @@ def sign_record(record: RoundRecord, key: PrivateKey) -> RoundRecord:
     """Return the record with this aggregator's key and signature. Its fields must fit each other."""
     unsigned = dataclasses.replace(record, aggregator=key.public)
     _check_meaning(unsigned)
-    return dataclasses.replace(unsigned, signature=key.sign("record", unsigned._signed_bytes))  # noqa: SLF001
+    return dataclasses.replace(unsigned, signature=key.sign("record", unsigned._signed_bytes))
 
 
 def genesis_record(run: RunConfig, key: PrivateKey, opened_ms: int) -> RoundRecord:
@@ -241,7 +241,7 @@ def check_record(record: RoundRecord, run: RunConfig) -> None:
         raise ProtocolError(Code.BAD_RECORD, "the genesis record does not name the run's initial state")
     if record.aggregator not in run.aggregators:
         raise ProtocolError(Code.NOT_AN_AGGREGATOR, "the record is signed by nobody whom the run names")
-    verify(record.aggregator, "record", record._signed_bytes, record.signature)  # noqa: SLF001
+    verify(record.aggregator, "record", record._signed_bytes, record.signature)
 
 
 def check_link(previous: RoundRecord, record: RoundRecord) -> None:

@@ -80,7 +80,7 @@ def _unpack_bytes(packed: bytes) -> bytes | None:
     return None
 
 
-class _Validator(RecordValidatorBase):  # type: ignore[misc]
+class _Validator(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
     """Admits the signed records of our runs and nothing else. hivemind asks it about every record, stored or found."""
 
     def __init__(self, settings: DirectorySettings) -> None:
@@ -120,7 +120,7 @@ def _is_good(dht_key: bytes, subkey: bytes, value: bytes, expires_s: object) -> 
     return True
 
 
-class _Storage(DHTLocalStorage):  # type: ignore[misc]
+class _Storage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no types
     """hivemind's storage with a bound on the records of a key, and without two of its faults: an old record that
     comes again must not shorten the life of the newer one, and one refusal must not drop the rest of a dictionary."""
 

@@ -116,7 +116,7 @@ def test_a_cut_long_or_foreign_record_is_refused() -> None:
 
 def changed_entry(place: int, **fields: int) -> tuple[Entry, ...]:
     entries = list(ENTRIES)
-    entries[place] = dataclasses.replace(entries[place], **fields)  # type: ignore[arg-type]
+    entries[place] = dataclasses.replace(entries[place], **fields)  # type: ignore[arg-type]  # fields of any kind
     return tuple(entries)
 
 

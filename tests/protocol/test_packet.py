@@ -116,7 +116,7 @@ def test_every_bit_of_the_header_is_protected() -> None:
         try:
             header = PacketHeader.from_bytes(data)
         except ProtocolError as error:
-            assert error.code in {Code.BAD_MAGIC, Code.VERSION, Code.RESERVED, Code.BAD_TOKENS}  # noqa: PT017
+            assert error.code in {Code.BAD_MAGIC, Code.VERSION, Code.RESERVED, Code.BAD_TOKENS}  # noqa: PT017  either outcome is allowed
             continue
         with pytest.raises(ProtocolError) as caught:
             check_packet(Packet(header, PACKET.sections), RUN, round=5, base_root=BASE)
