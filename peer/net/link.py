@@ -72,7 +72,7 @@ class Link:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                endpoint = await probe(address, plaintext=plaintext, timeout_s=timeout_s)
+                endpoint = await probe(address, plaintext=plaintext, timeout_s=0.7 * timeout_s)
                 found = fingerprint_of(endpoint.certificate_der) if endpoint.certificate_der else NO_CERTIFICATE
                 if certificate_sha256 is not None and not plaintext and found != certificate_sha256:
                     reason = (

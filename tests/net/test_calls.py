@@ -108,8 +108,9 @@ async def test_a_submit_that_lies_about_its_size_or_its_frames_is_refused(tmp_pa
             ([pb.SubmitRequest(start=pb.SubmitStart(session=link._session, digest=b"", size=9))], Code.BAD_MESSAGE),
             ([pb.SubmitRequest(start=pb.SubmitStart(session=link._session, digest=DIGEST))], Code.BAD_MESSAGE),
         ]
-        for messages, code in cases:
-            assert await _raw_submit(link, messages) is code
+        async with asyncio.timeout(10):
+            for messages, code in cases:
+                assert await _raw_submit(link, messages) is code
         assert not house.packets
         assert list(tmp_path.iterdir()) == []
 

@@ -162,6 +162,7 @@ async def test_strangers_records_are_refused_and_harm_nobody() -> None:
 
         assert not await store(forged[2], float(forged[3]), owner.public), "another's subkey"
         assert not await store(ad[2], later, owner.public), "another expiry than was signed"
+        assert not await store(ad[2], ad[3] + 0.5, owner.public)
         assert not await store(ad[2], float("inf"), owner.public)
         assert not await store(ad[2], float("nan"), owner.public)
         assert not await store(b"plain", later), "a plain value would wipe the dictionary"

@@ -11,6 +11,13 @@ ROOT = Path(__file__).parents[2]
 NAMES = ("swarm_pb2.py", "swarm_pb2.pyi")
 
 
+def test_hivemind_and_torch_are_imported_only_where_a_directory_is_opened() -> None:
+    look = "import sys, peer.net.link, peer.net.service, peer.net.directory\n"
+    look += "print({'torch', 'hivemind'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", look], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "set()"
+
+
 def test_generating_again_changes_nothing(tmp_path: Path) -> None:
     pytest.importorskip("grpc_tools")
     plugin = Path(sys.executable).with_name("protoc-gen-mypy")
