@@ -299,10 +299,13 @@ class Aggregator:
             ),
             self._key,
         )
-        if record.round % SNAPSHOT_ROUNDS == 0 or record.round >= self.run.outer.rounds:
+        snapshot = record.round % SNAPSHOT_ROUNDS == 0 or record.round >= self.run.outer.rounds
+        if snapshot:
             self._snapshot(state.flat, record.round)
         self._append(record)
-        self._folder.forget(keep_rounds=KEEP_ROUNDS, blob_bytes_max=BLOB_BYTES_MAX)
+        if snapshot:
+            # It looks at every blob, so not in every round.
+            self._folder.forget(keep_rounds=KEEP_ROUNDS, blob_bytes_max=BLOB_BYTES_MAX)
         return record, state
 
     def _merge(self, submissions: tuple[Submission, ...]) -> tuple[HeldState, bytes]:
