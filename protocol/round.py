@@ -320,7 +320,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Records, oldest first, each checked against the run: one from the watch, or the answer to CatchUp."""
+    """Records, oldest first, each checked against the run: one from the watch, or at least two in answer to CatchUp."""
 
     records: tuple[RoundRecord, ...]
 
@@ -425,7 +425,7 @@ class LoadState:
 
 @dataclass(frozen=True)
 class CatchUp:
-    """Fetch the records from `head` back to the one after `have`; answer Recorded, oldest first."""
+    """Fetch the records from `head` back to the one after `have`; answer Recorded with all, oldest first."""
 
     have: RoundRecord
     head: RoundRecord
@@ -456,15 +456,20 @@ class _Pace:
         self._delivery_s: float | None = None
         self._round = -1
         self._opened_s = 0.0
-        self._started_s = 0.0
+        self._closes_at_s = 0.0
+        self._started_s: float | None = None
 
-    def open(self, round: int, closes_in_s: float, now_s: float) -> float:
-        """The time to stop training in a round that closes in so many seconds at the latest."""
+    def opened(self, round: int, closes_at_s: float, now_s: float) -> None:
+        """Note when a round opened and when it closes at the latest."""
         if round != self._round:
             self._round, self._opened_s = round, now_s
-        window_s = max(0.0, min(closes_in_s, self._opened_s + self._budget_s - now_s))
-        delivery_s = RESERVE_SHARE * window_s if self._delivery_s is None else 2 * self._delivery_s
-        return now_s + window_s - min(max(delivery_s, RESERVE_S_MIN) + self._step_s, window_s / 2)
+        self._closes_at_s = closes_at_s
+
+    def stop_at_s(self) -> float:
+        """The time to stop training in the open round."""
+        length_s = min(self._closes_at_s - self._opened_s, self._budget_s)
+        delivery_s = RESERVE_SHARE * length_s if self._delivery_s is None else 2 * self._delivery_s
+        return self._opened_s + length_s - min(max(delivery_s, RESERVE_S_MIN) + self._step_s, length_s / 2)
 
     def start(self, now_s: float) -> None:
         """Training or the making of a packet begins."""
@@ -472,18 +477,21 @@ class _Pace:
 
     def trained(self, steps: int, now_s: float) -> None:
         """Note how long an inner step takes."""
-        self._step_s = (now_s - self._started_s) / max(steps, 1)
+        if self._started_s is not None:
+            self._step_s = (now_s - self._started_s) / max(steps, 1)
 
     def delivered(self, now_s: float) -> None:
         """Note how long it took from the end of training until the packet was there, or the round over."""
-        self._delivery_s = now_s - self._started_s
+        if self._started_s is not None:
+            self._delivery_s = now_s - self._started_s
 
-    def closed(self, record: RoundRecord, *, accepted: bool) -> None:
-        """Note whether our work was in time."""
-        if accepted:
-            self._budget_s *= ACCEPTED_GROWTH
-        else:
-            self._budget_s = MISSED_SHARE * (record.closed_ms - record.opened_ms) / 1000
+    def made(self) -> None:
+        """Note that our packet was in time."""
+        self._budget_s *= ACCEPTED_GROWTH
+
+    def missed(self, record: RoundRecord) -> None:
+        """Note that a round closed before our packet was there."""
+        self._budget_s = MISSED_SHARE * (record.closed_ms - record.opened_ms) / 1000
 
 
 @dataclass
@@ -496,6 +504,7 @@ class _Work:
     digest: bytes | None = None
     sending: bool = False
     answered: bool = False
+    late: bool = True  # as far as we know, until a receipt says otherwise
 
 
 class ReplicaRound:
@@ -521,7 +530,6 @@ class ReplicaRound:
         self._skipped_round = 0
         self._connected = False
         self._stopping = False
-        self._stop_at_s = 0.0
         self._pace = _Pace()
         self._retry_at_s = 0.0
         self._resend_at_s = 0.0
@@ -551,7 +559,7 @@ class ReplicaRound:
             case Recorded():
                 for record in event.records:
                     self._take_record(record, effects)
-                self._after_records(len(event.records))
+                self._caught_up(event.records)
             case InnerDone():
                 self._inner_done(event, now_s)
             case PacketReady():
@@ -577,39 +585,51 @@ class ReplicaRound:
             return
         self._opened = event
         closes_in_s = min(max(event.closes_in_s, 0.0), self.run.rounds.deadline_s)
-        self._stop_at_s = self._pace.open(event.round, closes_in_s, now_s)
+        self._pace.opened(event.round, now_s + closes_in_s, now_s)
 
     def _take_record(self, record: RoundRecord, effects: list[ReplicaEffect]) -> None:
         """Put a record where it belongs: known, next, beyond a gap, or on another branch of higher epoch."""
-        chain = [*([] if self.record is None else [self.record]), *self._queue]
-        if not chain:
+        tail = self._queue[-1] if self._queue else self.record
+        if tail is None:
             self._queue.append(record)
             return
-        place = record.round - chain[0].round
-        if 0 <= place < len(chain) and chain[place].digest == record.digest:
+        known, previous = self._known(record.round), self._known(record.round - 1)
+        if record.epoch < tail.epoch or (known is not None and known.digest == record.digest):
             return
-        newer_epoch = record.epoch > chain[-1].epoch
-        if place > len(chain):
+        newer = record.epoch > tail.epoch
+        if record.round > tail.round + 1:
             if self._wanted is None or (record.epoch, record.round) > (self._wanted.epoch, self._wanted.round):
                 self._wanted = record
-        elif place > 0 and (place == len(chain) or newer_epoch) and _follows(chain[place - 1], record):
-            del self._queue[len(self._queue) - (len(chain) - place) :]
+        elif (record.round > tail.round or newer) and previous is not None and _follows(previous, record):
+            self._queue = [item for item in self._queue if item.round < record.round] if newer else self._queue
             self._queue.append(record)
-        elif newer_epoch:
+        elif newer:
             # An aggregator took over from a point before ours. Its branch is the run now; updates do not lead there.
             self._queue = [record]
             self._reload = True
             self._opened = None
-        elif place >= 0 and record.epoch == chain[-1].epoch:
+        elif record.round > tail.round or known is not None:
             effects.append(
                 Alarm(f"the aggregator signed a record of round {record.round} that does not fit its others")
             )
 
-    def _after_records(self, count: int) -> None:
-        if count > REPLAY_ROUNDS_MAX:
+    def _known(self, round: int) -> RoundRecord | None:
+        """The record of this round among the one that is applied and those that wait."""
+        if self.record is not None and round == self.record.round:
+            return self.record
+        place = round - self._queue[0].round if self._queue else -1
+        return self._queue[place] if 0 <= place < len(self._queue) else None
+
+    def _caught_up(self, records: tuple[RoundRecord, ...]) -> None:
+        """End a CatchUp with its answer. One that does not lead on from our records is of a branch that we refused."""
+        job = self._job
+        if not isinstance(job, CatchUp) or len(records) < 2 or records[-1].digest != job.head.digest:
+            return
+        self._job = None
+        if self._wanted is not None and self._wanted.digest == job.head.digest:
+            self._wanted = None
+        if len(records) > REPLAY_ROUNDS_MAX:
             self._reload = True
-        if isinstance(self._job, CatchUp) and self._tail_round() >= self._job.head.round:
-            self._job = None
 
     def _tail_round(self) -> int:
         if self._queue:
@@ -636,6 +656,7 @@ class ReplicaRound:
             self._resend_at_s = self._back_off(now_s)
             return
         work.answered = True
+        work.late = event.code == Code.LATE
         self._pace.delivered(now_s)
 
     def _applied(self, event: Applied, now_s: float, effects: list[ReplicaEffect]) -> None:
@@ -700,7 +721,7 @@ class ReplicaRound:
 
     def _should_stop(self, round: int, now_s: float) -> bool:
         superseded = self._opened is not None and self._opened.round != round
-        return bool(self._queue) or self._wanted is not None or superseded or now_s >= self._stop_at_s
+        return bool(self._queue) or self._wanted is not None or superseded or now_s >= self._pace.stop_at_s()
 
     def _next_job(self, now_s: float, effects: list[ReplicaEffect]) -> _Job | None:
         """Choose the next job: close gaps first, then follow the records, then work for the open round."""
@@ -719,7 +740,7 @@ class ReplicaRound:
         opened = self._opened
         if opened is None or opened.round != self.record.round + 1 or opened.round == self._skipped_round:
             return None
-        if self.finished or now_s >= self._stop_at_s:
+        if self.finished or now_s >= self._pace.stop_at_s():
             return None
         if opened.base_root != self.record.state_root:
             effects.append(
@@ -741,8 +762,10 @@ class ReplicaRound:
         effects.append(Settle(work.round, accepted))
         if work.sending:
             self._pace.delivered(now_s)
-        if record is not None:
-            self._pace.closed(record, accepted=accepted)
+        if accepted:
+            self._pace.made()
+        elif record is not None and record.kind == Kind.APPLIED and work.late:
+            self._pace.missed(record)
 
     def _send(self, now_s: float, effects: list[ReplicaEffect]) -> None:
         work = self._work
@@ -756,7 +779,7 @@ class ReplicaRound:
     def _wake(self, now_s: float, effects: list[ReplicaEffect]) -> None:
         times = []
         if isinstance(self._job, TrainInner) and not self._stopping:
-            times.append(self._stop_at_s)
+            times.append(self._pace.stop_at_s())
         if self._job is None and (self._queue or self._wanted is not None):
             times.append(self._retry_at_s)
         if self._work is not None and self._work.digest is not None and not self._work.answered:
