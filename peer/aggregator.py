@@ -440,6 +440,7 @@ async def _advertise(program: Aggregator, invite: Invite, key: PrivateKey, stop:
     directory = await open_directory(
         identity=None,
         run_ids=[program.run.run_id],
+        aggregators={program.run.run_id: frozenset(program.run.aggregators)},
         bootstraps=invite.bootstraps,
         listen=None,
         notice=lambda text: log.warning("directory", notice=text),

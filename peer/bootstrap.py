@@ -31,6 +31,7 @@ async def bootstrap(folder: OperatorFolder, stop: asyncio.Event, others: tuple[s
         directory = await open_directory(
             identity=load_key(home.key_path),
             run_ids=[signed.config.run_id],
+            aggregators={signed.config.run_id: frozenset(signed.config.aggregators)},
             bootstraps=others,
             listen=f"0.0.0.0:{port_of(invite)}",
             notice=lambda text: log.warning("directory", notice=text),
