@@ -772,7 +772,7 @@ class ReplicaRound:
         if work is None or work.digest is None or work.sending or work.answered:
             return
         current = self._opened is not None and self._opened.round == work.round
-        if self._connected and current and now_s >= self._resend_at_s and self._wanted is None and not self._queue:
+        if self._connected and current and now_s >= self._resend_at_s:
             work.sending = True
             effects.append(Send(work.digest))
 
