@@ -20,6 +20,7 @@ from peer.bootstrap import wait_for_stop
 from peer.errors import UserCode, UserError
 from peer.journal import PacketRow, RecordRow
 from peer.net.directory import DirectoryError, open_directory
+from peer.net.errors import LinkError
 from peer.net.messages import ReceiptMsg, RoundClosed, RoundEvent, RoundOpened
 from peer.net.service import Server, serve
 from peer.net.tls import TlsIdentity, split_address
@@ -396,7 +397,11 @@ async def aggregate(
     """Run the aggregator of a run folder until `stop`. Raises UserError."""
     signed, invite = folder.load()
     home = Home(folder.aggregator_home)
-    host, port = split_address(listen or f"0.0.0.0:{split_address(invite.addresses[0])[1]}")
+    everywhere = "127.0.0.1" if plaintext else "0.0.0.0"  # noqa: S104 - volunteers come from anywhere
+    try:
+        host, port = split_address(listen or f"{everywhere}:{split_address(invite.addresses[0])[1]}")
+    except LinkError as error:
+        raise UserError(UserCode.BAD_ARGUMENT, error.reason, "write --listen HOST:PORT") from error
     with home.lock():
         key = load_key(home.key_path)
         store = home.run(signed.config.run_id)
@@ -432,6 +437,10 @@ async def _serve(
             UserCode.PORT_IN_USE,
             f"cannot listen on {host}:{port} ({error})",
             "stop the program that uses this port, or name another with --listen HOST:PORT",
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            UserCode.BAD_ARGUMENT, str(error), "listen on 127.0.0.1, or leave --plaintext-local away"
         ) from error
 
 

@@ -11,11 +11,13 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from peer.config import PeerConfig, read_config
-from peer.errors import UserCode, UserError, render
+from peer.errors import UserCode, UserError, os_errors, render
 from peer.telemetry import Telemetry
 from protocol.errors import ProtocolError
 
 INTERRUPTED = 130
+PATH_CHARS_MAX = 250  # a name that is longer is a damaged invite
+FILE_CHARS_MAX = 1 << 16
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,10 +140,7 @@ def _join(arguments: argparse.Namespace) -> int:
     from peer.store import Home
     from protocol.invite import Invite
 
-    text = arguments.invite
-    if not text.startswith("slp1") and Path(text).is_file():
-        text = Path(text).read_text("utf-8", errors="replace").strip()
-    invite = Invite.from_text(text)
+    invite = Invite.from_text(_invite_text(arguments.invite))
     config = _config(arguments)
     home = Home(config.home)
 
@@ -164,6 +163,18 @@ def _join(arguments: argparse.Namespace) -> int:
         Telemetry("peer", file=home.log_path, json_stdout=arguments.json or config.log_json) as telemetry,
     ):
         return until_stopped(program)
+
+
+def _invite_text(argument: str) -> str:
+    """The invite itself, or what the file of this name holds."""
+    if argument.startswith("slp1") or len(argument) > PATH_CHARS_MAX:
+        return argument
+    path = Path(argument)
+    with os_errors(path):
+        if not path.is_file():
+            return argument
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.read(FILE_CHARS_MAX).strip()
 
 
 def _run_new(arguments: argparse.Namespace) -> int:
@@ -204,6 +215,10 @@ def _aggregate(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from peer.demo import demo
 
+    if arguments.peers < 1 or (arguments.rounds is not None and arguments.rounds < 1):
+        raise UserError(
+            UserCode.BAD_ARGUMENT, "a demo needs at least one peer and one round", "give --peers and --rounds 1 or more"
+        )
     return demo(out=arguments.out, peers=arguments.peers, settings=arguments.settings, rounds=arguments.rounds)
 
 

@@ -18,7 +18,7 @@ from peer.net.directory import bootstrap_multiaddr
 from peer.net.tls import TlsIdentity, make_tls_identity
 from peer.store import Home, atomic_write, load_or_make_key
 from protocol.errors import ProtocolError
-from protocol.invite import Invite
+from protocol.invite import Invite, check_address
 from protocol.layout import state_root
 from protocol.run import RunConfig, RunSettings, SignedRun, parse_settings, sign_run
 
@@ -30,6 +30,16 @@ class RunPlace:
     host: str
     port: int
     bootstrap_port: int
+
+    def __post_init__(self) -> None:
+        """Raise UserError BAD_ARGUMENT unless an invite can name these places."""
+        try:
+            for port in (self.port, self.bootstrap_port):
+                check_address(f"{self.host}:{port}")
+        except ValueError as error:
+            raise UserError(
+                UserCode.BAD_ARGUMENT, str(error), "give --host a name or an address, and each port from 1 to 65535"
+            ) from error
 
 
 class OperatorFolder:

@@ -79,14 +79,14 @@ def interrupt(program: Program) -> float:
 
 
 def test_a_third_peer_joins_late_and_all_end_with_the_same_parameters(tmp_path: Path) -> None:
-    run = make_run(tmp_path, rounds=30, steps=60)
+    run = make_run(tmp_path, rounds=24, steps=60)
     with Swarm(tmp_path, run) as swarm:
         swarm.bootstrap()
         aggregator = swarm.aggregator()
         peers = [swarm.peer("one"), swarm.peer("two")]
         aggregator.wait_event("round closed", 60, round=2)
         peers.append(swarm.peer("three"))
-        root = finish(peers, aggregator, 30)
+        root = finish(peers, aggregator, 24)
     records = ledger(run)
     assert records[-1].state_root.hex() == root != records[0].state_root.hex()
     late = accepted_rounds(records, tmp_path / "three")
@@ -96,7 +96,7 @@ def test_a_third_peer_joins_late_and_all_end_with_the_same_parameters(tmp_path: 
 
 
 def test_a_killed_peer_is_not_waited_for_and_comes_back(tmp_path: Path) -> None:
-    run = make_run(tmp_path, rounds=40, steps=60)
+    run = make_run(tmp_path, rounds=32, steps=60)
     with Swarm(tmp_path, run) as swarm:
         aggregator = swarm.aggregator()
         one, two = swarm.peer("one"), swarm.peer("two")
@@ -105,7 +105,7 @@ def test_a_killed_peer_is_not_waited_for_and_comes_back(tmp_path: Path) -> None:
         killed_in = len(aggregator.all("round closed")) + 1
         aggregator.wait_event("round closed", round=killed_in + 1)
         again = swarm.peer("two")
-        finish([one, again], aggregator, 40)
+        finish([one, again], aggregator, 32)
     records = ledger(run)
     kept, lost = accepted_rounds(records, tmp_path / "one"), accepted_rounds(records, tmp_path / "two")
     assert killed_in + 1 in kept and killed_in + 1 not in lost
@@ -128,7 +128,7 @@ def test_control_c_ends_every_program_and_leaves_no_orphan(tmp_path: Path) -> No
 
 
 def test_a_killed_aggregator_goes_on_where_it_was(tmp_path: Path) -> None:
-    run = make_run(tmp_path, rounds=12, steps=30)
+    run = make_run(tmp_path, rounds=12, steps=20)
     with Swarm(tmp_path, run) as swarm:
         first = swarm.aggregator()
         peers = [swarm.peer("one"), swarm.peer("two")]
