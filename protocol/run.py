@@ -65,7 +65,7 @@ class _Text:
         return f"of the form: {self.form}"
 
 
-_KIND = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_KIND = {int: "a whole number", float: "a number", str: "a text", bool: "a flag"}
 _NAME = _Text("[a-z0-9][a-z0-9._-]{0,63}", "1 to 64 of a-z, 0-9, dot, underscore and hyphen")
 
 
@@ -160,7 +160,7 @@ class DataConfig(_Table):
 
     corpus: Annotated[str, _NAME] = "state-of-the-union"
     """The embedded corpus, or a name that each peer maps to a folder of token shards in its own settings."""
-    corpus_sha256: Annotated[str, _Text("([0-9a-f]{64})?", "64 hexadecimal digits, or empty")] = ""
+    corpus_sha256: Annotated[str, _Text("([0-9a-f]{64})?", "64 lower-case hexadecimal digits, or empty")] = ""
     """Hash of the corpus, so that all train on the same text; empty lets `run new` fill it in."""
     tokenizer: Annotated[
         str, _Text("bytes|sha256:[0-9a-f]{64}", '"bytes", or "sha256:" and the hash of a tokenizer.json')

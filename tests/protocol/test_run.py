@@ -2,7 +2,9 @@ import ast
 import dataclasses
 import inspect
 import json
-from typing import Any
+import re
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -89,10 +91,10 @@ def test_settings_are_read_from_toml_and_whole_numbers_serve_as_reals() -> None:
         ('name = "x"\n[compression]\ncode_bits = 3', ["compression.code_bits = 3", "1, 2"]),
         ('name = "x"\n[outer]\nrule = "median"', ["outer.rule", '"mean", "mean_of_senders"']),
         ('name = "x"\n[outer]\nalpha = 5', ["outer.alpha = 5", "to 4.0"]),
-        ('name = "x"\n[model]\ntie_word_embeddings = 1', ["model.tie_word_embeddings = 1", "true or false"]),
+        ('name = "x"\n[model]\ntie_word_embeddings = 1', ["model.tie_word_embeddings = 1", "false, true"]),
         ('name = "x"\n[model]\nhidden_size = 130', ["hidden_size = 130", "multiple of 2 * num_attention_heads"]),
         ('name = "x"\n[model]\nnum_key_value_heads = 3', ["num_key_value_heads = 3", "a divisor"]),
-        ('name = "x"\n[data]\ncorpus_sha256 = "AB"', ["data.corpus_sha256", "64 hexadecimal digits"]),
+        ('name = "x"\n[data]\ncorpus_sha256 = "AB"', ["data.corpus_sha256", "64 lower-case hexadecimal digits"]),
         ('name = "x"\n[data]\ntokenizer = "gpt2"', ["data.tokenizer", "sha256:"]),
         (
             'name = "x"\n[data]\nsequence_length = 2048',
@@ -246,3 +248,15 @@ def test_a_run_that_is_not_canonical_is_refused(why: str, text: bytes) -> None:
 def test_nothing_is_parsed_before_the_hash_fits() -> None:
     with refused(Code.OTHER_RUN):
         SignedRun.from_bytes(signed(b"[" * 1000), run_id=make_run().run_id)
+
+
+def test_the_specification_lists_every_key_with_what_is_accepted() -> None:
+    specification = (Path(protocol.run.__file__).parent / "SPEC.md").read_text("utf-8")
+    listed = re.findall(r"^\| `([a-z0-9_.]+)` \| (.+) \|$", specification, re.MULTILINE)
+    rows = []
+    for prefix, table in [("", RunSettings), *((f"{name}.", kind) for name, kind in protocol.run._TABLES.items())]:
+        for name, hint in get_type_hints(table, include_extras=True).items():
+            if get_origin(hint) is Annotated:
+                kind, rule = get_args(hint)
+                rows.append((f"{prefix}{name}", f"{protocol.run._KIND[kind]} {rule}"))
+    assert listed == rows
