@@ -121,6 +121,7 @@ def test_join_with_a_damaged_invite(run: Path, tmp_path: Path, capfd: pytest.Cap
 
 
 @pytest.mark.parametrize(("address", "code"), [("127.0.0.1:PORT", "SL901"), ("no-such-host.invalid:7700", "SL902")])
+@pytest.mark.slow
 def test_join_when_nobody_is_there(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], address: str, code: str
 ) -> None:
@@ -131,6 +132,7 @@ def test_join_when_nobody_is_there(
     check_process(code, "join", invite.to_text(), "--home", home, "--patience", "0", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_join_where_something_else_answers(run: Path, tmp_path: Path) -> None:
     good = Invite.from_text((run / "invite.txt").read_text())
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -140,6 +142,7 @@ def test_join_where_something_else_answers(run: Path, tmp_path: Path) -> None:
         check_process("SL9..", "join", invite.to_text(), "--home", tmp_path / "home", "--patience", "0", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_join_with_a_key_that_others_may_read(run: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     atomic_write(home / "key", PrivateKey.generate().to_text().encode(), mode=0o644)
@@ -147,6 +150,7 @@ def test_join_with_a_key_that_others_may_read(run: Path, tmp_path: Path) -> None
     check_process("SL807", "join", run / "invite.txt", "--home", home, "--patience", "0", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_join_with_a_damaged_key(run: Path, tmp_path: Path) -> None:
     atomic_write(tmp_path / "home" / "key", b"sparseloco-peer-key-1 AAAA", mode=0o600)
     check_process("SL808", "join", run / "invite.txt", "--home", tmp_path / "home", cwd=tmp_path)
@@ -209,6 +213,7 @@ def test_a_folder_that_is_no_run(command: str, run: Path, tmp_path: Path, capfd:
 
 
 @pytest.mark.parametrize("command", ["aggregate", "bootstrap"])
+@pytest.mark.slow
 def test_a_port_in_use(command: str, run: Path, tmp_path: Path) -> None:
     invite = OperatorFolder(run).load()[1]
     port = int(invite.addresses[0].split(":")[1] if command == "aggregate" else invite.bootstraps[0].split("/")[4])
@@ -217,10 +222,12 @@ def test_a_port_in_use(command: str, run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("listen", ["nonsense", "127.0.0.1", "127.0.0.1:99999", "127.0.0.1:x", "no-such.invalid:7700"])
+@pytest.mark.slow
 def test_aggregate_with_a_bad_address(listen: str, run: Path, tmp_path: Path) -> None:
     check_process("SL8..", "aggregate", run, "--listen", listen, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_aggregate_in_plaintext_is_for_one_machine(run: Path, tmp_path: Path) -> None:
     check_process("SL820", "aggregate", run, "--plaintext-local", "--listen", f"0.0.0.0:{free_port()}", cwd=tmp_path)
 
@@ -245,10 +252,12 @@ def test_run_new_on_a_full_disk(disk: Path, settings: Path, capfd: pytest.Captur
     assert not (disk / "run" / "run.bin").exists()
 
 
+@pytest.mark.slow
 def test_run_new_with_a_limit_on_the_size_of_files(settings: Path, tmp_path: Path) -> None:
     check_process("SL803", "run", "new", settings, "--out", tmp_path / "run", cwd=tmp_path, file_bytes_max=20_000)
 
 
+@pytest.mark.slow
 def test_join_on_a_full_disk(run: Path, disk: Path, tmp_path: Path) -> None:
     (disk / "filler").write_bytes(bytes(60 << 10))
     with pytest.raises(OSError, match="No space"):
