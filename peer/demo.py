@@ -213,7 +213,7 @@ async def _demo(folder: Path, peers: int, settings: RunSettings, console: Consol
     finally:
         stopped.cancel()
         await swarm.stop()
-    console.print(f"training one peer alone on the same number of tokens ({run.outer.rounds} rounds' worth)")
+    console.print("replaying the ledger to evaluate it, then training one peer alone on as many tokens")
     store = Home(operator.aggregator_home).run(run.run_id)
     with closing(store):
         await asyncio.to_thread(_report, swarm, store, began_s)
