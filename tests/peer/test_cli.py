@@ -2,9 +2,7 @@
 
 import os
 import re
-import resource
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -59,22 +57,28 @@ def check_refused(capfd: pytest.CaptureFixture[str], code: str, *arguments: str 
     check_told(status, err, code)
 
 
+# Set inside the new process, not between fork and exec: gRPC's threads in this one do not survive a fork.
+_LIMITED = """
+import resource, runpy, signal, sys
+limit = int(sys.argv.pop(1))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+runpy.run_module("peer.cli", run_name="__main__", alter_sys=True)
+"""
+
+
 def check_process(code: str, *arguments: str | Path, cwd: Path, file_bytes_max: int | None = None) -> None:
-    """Run the command in a process of its own, with a limit on the size of files if there should be one."""
+    """Run the command in a process of its own, with a limit on the size of files if there should be one.
 
-    def limit() -> None:
-        if file_bytes_max is not None:
-            # Without the signal the write fails with EFBIG, as it does on a disk that is full with ENOSPC.
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes_max, file_bytes_max))
-
+    Without the signal a write beyond the limit fails with EFBIG, as it does on a disk that is full with ENOSPC.
+    """
+    program = ["-m", "peer.cli"] if file_bytes_max is None else ["-c", _LIMITED, str(file_bytes_max)]
     ended = subprocess.run(
-        [sys.executable, "-m", "peer.cli", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        preexec_fn=limit,
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
