@@ -1,5 +1,3 @@
-import resource
-import signal
 import subprocess
 import sys
 import textwrap
@@ -29,13 +27,14 @@ def names_in(folder: Path) -> list[str]:
 
 def limited(size: int, code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process whose files may not grow beyond `size` bytes: the nearest thing to a full disk."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False, timeout=60)
+    # Set inside the new process, not between fork and exec: gRPC's threads in this one do not survive a fork.
+    limit = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+    )
+    command = [sys.executable, "-c", limit + textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
 # Files
