@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from peer.bootstrap import wait_for_stop
 from peer.errors import UserCode, UserError
+from peer.find import DHT_TTL_S
 from peer.journal import PacketRow, RecordRow
 from peer.net.directory import DirectoryError, open_directory
 from peer.net.errors import LinkError
@@ -25,6 +26,7 @@ from peer.net.messages import ReceiptMsg, RoundClosed, RoundEvent, RoundOpened
 from peer.net.service import Server, serve
 from peer.net.tls import TlsIdentity, split_address
 from peer.operator import OperatorFolder
+from peer.replay import replay
 from peer.store import Home, RunFolder, load_key
 from protocol.arithmetic import Contribution, merge, weight_of
 from protocol.errors import Code, ProtocolError
@@ -50,11 +52,10 @@ from protocol.round import (
     WakeAt,
 )
 from protocol.run import RunConfig, SignedRun
-from protocol.update import apply_update, check_update, make_update
+from protocol.update import apply_update, make_update
 from protocol.wire import (
     packet_from_wire,
     packet_wire_bytes_max,
-    update_from_wire,
     update_to_wire,
 )
 
@@ -66,7 +67,6 @@ STATES_IN_MEMORY = 2
 KEEP_ROUNDS = 1000
 BLOB_BYTES_MAX = 8 << 30
 WATCH_QUEUE_MAX = 64
-DHT_TTL_S = 300
 RETRY_S = 10.0
 
 
@@ -367,16 +367,8 @@ class Aggregator:
         start = row.round
         while not states.has(journal.records(start, start)[0].state_root):
             start -= 1
-        flat = states.load(journal.records(start, start)[0].state_root, self.run.layout)
-        for later in journal.records(start + 1, row.round):
-            if later.update_digest != NO_DIGEST:
-                raw = self._folder.blobs.get("update", later.update_digest.hex())
-                assert raw is not None, "updates since the last snapshot are kept"
-                update = update_from_wire(raw, self.run)
-                apply_update(flat, self.run.layout, check_update(update, self.run, digest=later.update_digest))
+        _, flat = deque(replay(self._folder, self.run, start, row.round), maxlen=1).pop()
         self._states.append(HeldState(flat))
-        if self._states[-1].root != row.state_root:
-            raise ProtocolError(Code.BAD_STATE, f"the stored updates do not lead to the state of round {row.round}")
         log.info("continuing", round=row.round, state_root=row.state_root.hex())
         return RoundRecord.from_bytes(row.data)
 

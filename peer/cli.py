@@ -215,10 +215,6 @@ def _aggregate(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from peer.demo import demo
 
-    if arguments.peers < 1 or (arguments.rounds is not None and arguments.rounds < 1):
-        raise UserError(
-            UserCode.BAD_ARGUMENT, "a demo needs at least one peer and one round", "give --peers and --rounds 1 or more"
-        )
     return demo(out=arguments.out, peers=arguments.peers, settings=arguments.settings, rounds=arguments.rounds)
 
 

@@ -5,18 +5,18 @@ link. It only ever dials out, and it goes on by itself through a restart of the 
 """
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import structlog
 
+from peer.bootstrap import wait_for_stop
 from peer.config import PeerConfig
 from peer.core.device import pick_device, pick_dtype, set_threads
-from peer.core.replica import Replica, Trained
+from peer.core.replica import Replica
 from peer.data.prepare import Dataset, prepare
 from peer.errors import UserCode, UserError
 from peer.find import DHT_TTL_S, Finder
@@ -91,15 +91,6 @@ class _Packet:
     values: int
 
 
-@dataclass
-class _Held:
-    """What the last job left for the next effect."""
-
-    packet: _Packet | None = None
-    work: Trained | None = None
-    totals: Totals = field(default_factory=Totals)
-
-
 class Client:
     """One replica of one run, from the first connection to the last round."""
 
@@ -112,11 +103,10 @@ class Client:
         stop: asyncio.Event,
         *,
         plaintext: bool = False,
-        rounds_max: int | None = None,
         patience_s: float = FIRST_PATIENCE_S,
     ) -> None:
         self._invite, self._home, self._config = invite, home, config
-        self._telemetry, self._stop, self._plaintext, self._rounds_max = telemetry, stop, plaintext, rounds_max
+        self._telemetry, self._stop, self._plaintext = telemetry, stop, plaintext
         self._patience_s = patience_s
         self._key = load_or_make_key(home.key_path)
         self._inbox: asyncio.Queue[ReplicaEvent] = asyncio.Queue()
@@ -124,7 +114,8 @@ class Client:
         self._jobs: set[asyncio.Task[None]] = set()
         self._stop_inner = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._held = _Held()
+        self._packet: _Packet | None = None
+        self._totals = Totals()
         self._crash: BaseException | None = None
         # Set by `join` once the run is known.
         self.run: RunConfig
@@ -155,7 +146,7 @@ class Client:
                     await self._leave(keeper)
         finally:
             await finder.close()
-        return self._held.totals
+        return self._totals
 
     # The link
 
@@ -169,7 +160,7 @@ class Client:
                 if not error.retryable or time.monotonic() - began_s + wait_s > self._patience_s or self._stop.is_set():
                     raise as_user_error(error) from error
                 log.warning("no aggregator yet", why=error.reason, retry_in_s=wait_s)
-            await wait(self._stop, wait_s)
+            await wait_for_stop(self._stop, wait_s)
             wait_s = min(2 * wait_s, BACKOFF_S_MAX)
 
     async def _open_link(self, finder: Finder) -> Link:
@@ -212,7 +203,7 @@ class Client:
             await link.close()
             log.warning("connection lost", why=reason)
             while not self._stop.is_set():
-                await wait(self._stop, wait_s)
+                await wait_for_stop(self._stop, wait_s)
                 wait_s = min(2 * wait_s, BACKOFF_S_MAX)
                 try:
                     link = await self._open_link(finder)
@@ -282,8 +273,6 @@ class Client:
                     break
                 for effect in self._machine.handle(got.result(), time.monotonic()):
                     await self._perform(effect)
-                if self._rounds_max is not None and self._held.totals.accepted >= self._rounds_max:
-                    break
         finally:
             stopped.cancel()
         if self._machine.finished:
@@ -352,8 +341,8 @@ class Client:
         batches = self._data.training_batches(effect.round, self._key.public, inner.steps, inner.batch_size)
         step_tokens = inner.batch_size * self.run.data.sequence_length
         began_s = time.monotonic()
-        if self._held.totals.began_s is None:
-            self._held.totals.began_s = began_s
+        if self._totals.began_s is None:
+            self._totals.began_s = began_s
 
         def on_step(steps: int, loss: float) -> None:
             self._progress.report(round=effect.round, step=steps, tokens=step_tokens, loss=loss)
@@ -363,11 +352,10 @@ class Client:
         trained = await asyncio.to_thread(
             self._replica.train_steps, effect.round, batches, self._stop_inner.is_set, on_step
         )
-        self._held.work = trained
-        self._held.totals.inner_s += time.monotonic() - began_s
-        self._held.totals.tokens += trained.tokens
+        self._totals.inner_s += time.monotonic() - began_s
+        self._totals.tokens += trained.tokens
         if trained.steps:
-            self._held.totals.loss = trained.mean_loss
+            self._totals.loss = trained.mean_loss
         return InnerDone(effect.round, trained.steps, trained.tokens)
 
     async def _make_packet(self, effect: MakePacket) -> ReplicaEvent:
@@ -383,34 +371,34 @@ class Client:
             return _Packet(packet.header.digest, wire, sum(tensor.indices.size for tensor in tensors))
 
         try:
-            self._held.packet = await asyncio.to_thread(build)
+            self._packet = await asyncio.to_thread(build)
         except ValueError as error:
             self._replica.apply(())
             return Failed(str(error))
-        return PacketReady(self._held.packet.digest)
+        return PacketReady(self._packet.digest)
 
     async def _send(self, digest: bytes) -> ReplicaEvent:
-        packet = self._held.packet
+        packet = self._packet
         assert packet is not None and packet.digest == digest, "the machine sends what was made last"
         answer = await self._the_link().submit(digest, packet.wire)
-        self._held.totals.bytes_up += len(packet.wire)
-        self._held.totals.sent_values += packet.values
+        self._totals.bytes_up += len(packet.wire)
+        self._totals.sent_values += packet.values
         log.info("receipt", accepted=answer.accepted, code=answer.code, bytes=len(packet.wire))
         return Receipt(digest, answer.accepted, answer.code)
 
     def _settle(self, effect: Settle) -> None:
         """Commit what counts; put everything else back into the residual."""
-        if self._held.packet is None:
+        if self._packet is None:
             try:
                 self._replica.absorb()
             except ValueError as error:
                 log.warning("alarm", why=str(error))
         elif effect.accepted:
             self._replica.commit()
-            self._held.totals.accepted += 1
+            self._totals.accepted += 1
         else:
             self._replica.restore()
-        self._held.packet = None
+        self._packet = None
 
     async def _apply_update(self, record: RoundRecord) -> ReplicaEvent:
         tensors: list[UpdateTensor] = []
@@ -421,15 +409,15 @@ class Client:
             size = len(data)
             tensors = await asyncio.to_thread(self._read_update, data, record)
         root = await asyncio.to_thread(self._replica.apply, tensors)
-        self._held.totals.rounds += 1
-        self._held.totals.bytes_down += size
+        self._totals.rounds += 1
+        self._totals.bytes_down += size
         log.info(
             "round",
             round=record.round,
             reason=record.reason.name.lower(),
             mine_counted=any(entry.peer == self._key.public and entry.weight for entry in record.entries),
             contributors=sum(entry.weight > 0 for entry in record.entries),
-            loss=self._held.totals.loss,
+            loss=self._totals.loss,
             update_bytes=size,
             state_root=root.hex(),
         )
@@ -481,7 +469,7 @@ class Client:
     # The end
 
     def _finish(self) -> None:
-        record, totals = self._machine.record, self._held.totals
+        record, totals = self._machine.record, self._totals
         assert record is not None, "a finished run has a last record"
         wall_s = time.monotonic() - totals.began_s if totals.began_s is not None else 0.0
         flat = self._replica.outer_state()
@@ -537,9 +525,3 @@ _LINK_REMEDIES = {
         "ask the operator for the right address: something else answers there",
     ),
 }
-
-
-async def wait(stop: asyncio.Event, seconds: float) -> None:
-    """Sleep for so long, or less when it is time to leave."""
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(stop.wait(), seconds)

@@ -11,26 +11,23 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from peer.errors import UserCode, UserError
 from peer.operator import OperatorFolder, RunPlace, new_run, read_settings
+from peer.replay import replay
 from peer.report import Curve, Summary, summary_table, write_report
 from peer.store import Home, RunFolder
 from peer.telemetry import Progress
-from protocol.identity import NO_DIGEST
 from protocol.ledger import RoundRecord
 from protocol.run import RunConfig, RunSettings
-from protocol.update import apply_update, check_update
-from protocol.wire import update_from_wire
 
 SETTINGS = Path(__file__).parent / "demo.toml"
 CURVE_POINTS = 8
@@ -48,7 +45,8 @@ class Program:
     name: str
     process: asyncio.subprocess.Process
     log: Path
-    events: list[Event] = field(default_factory=list)
+    reader: asyncio.Task[None]
+    events: list[Event]
 
     def last(self, name: str) -> Event | None:
         """The newest event of this name."""
@@ -61,7 +59,6 @@ class Swarm:
     def __init__(self, folder: Path, run: RunConfig, console: Console) -> None:
         self.folder, self.run, self.console = folder, run, console
         self.programs: dict[str, Program] = {}
-        self._readers: list[asyncio.Task[None]] = []
         self._progress: Progress | None = None
 
     async def start(self, name: str, *arguments: str) -> Program:
@@ -81,31 +78,31 @@ class Swarm:
                 # Ctrl+C reaches the demo alone, which then stops the others in order.
                 start_new_session=True,
             )
-        program = Program(name, process, log)
+        events: list[Event] = []
+        program = Program(name, process, log, asyncio.create_task(self._read(name, process, events)), events)
         self.programs[name] = program
-        self._readers.append(asyncio.create_task(self._read(program)))
         self.console.print(f"started {name} (process {process.pid}, log {log})")
         return program
 
-    async def _read(self, program: Program) -> None:
-        assert program.process.stdout is not None, "the pipe was asked for"
-        async for line in program.process.stdout:
+    async def _read(self, name: str, process: asyncio.subprocess.Process, events: list[Event]) -> None:
+        assert process.stdout is not None, "the pipe was asked for"
+        async for line in process.stdout:
             try:
                 event = json.loads(line)
             except ValueError:
                 continue
-            program.events.append(event)
-            self._show(program, event)
+            events.append(event)
+            self._show(name, event)
 
-    def _show(self, program: Program, event: Event) -> None:
+    def _show(self, name: str, event: Event) -> None:
         """Tell the story on one screen: who found whom, and each round as the aggregator closed it."""
         match event["event"]:
             case "bootstrap ready" | "aggregator ready":
-                self.console.print(f"{program.name}: ready")
+                self.console.print(f"{name}: ready")
             case "found in the directory":
-                self.console.print(f"{program.name}: found the aggregator in the DHT at {event['addresses'][0]}")
+                self.console.print(f"{name}: found the aggregator in the DHT at {event['addresses'][0]}")
             case "state loaded":
-                self.console.print(f"{program.name}: holds the parameters, state root {event['state_root'][:16]}")
+                self.console.print(f"{name}: holds the parameters, state root {event['state_root'][:16]}")
             case "round closed":
                 losses = [peer.last("round") for peer in self.peers()]
                 known = [last["loss"] for last in losses if last and last["loss"] is not None]
@@ -138,7 +135,8 @@ class Swarm:
             peers = self.peers()
             await asyncio.gather(*(peer.process.wait() for peer in peers))
         self._progress = None
-        await asyncio.sleep(0.1)
+        # A process may end before its last events have been read.
+        await asyncio.gather(*(peer.reader for peer in peers))
         for peer in peers:
             if peer.process.returncode != 0 or peer.last("finished") is None:
                 raise died(peer)
@@ -154,7 +152,7 @@ class Swarm:
                 except TimeoutError:
                     process.kill()
                     await process.wait()
-        await asyncio.gather(*self._readers, return_exceptions=True)
+        await asyncio.gather(*(program.reader for program in self.programs.values()), return_exceptions=True)
 
 
 def died(program: Program) -> UserError:
@@ -179,8 +177,12 @@ def free_ports(count: int) -> list[int]:
 
 def demo(*, out: Path | None, peers: int, settings: Path | None, rounds: int | None) -> int:
     """Run the whole demo and return the exit status. Raises UserError."""
-    if not 1 <= peers <= 64:
-        raise UserError(UserCode.BAD_ARGUMENT, f"--peers {peers} is not possible", "choose 1 to 64 peers")
+    if not 1 <= peers <= 64 or (rounds is not None and rounds < 1):
+        raise UserError(
+            UserCode.BAD_ARGUMENT,
+            "a demo needs 1 to 64 peers and at least one round",
+            "give --peers 1 to 64 and --rounds 1 or more",
+        )
     chosen = read_settings(settings or SETTINGS)
     outer = dataclasses.replace(chosen.outer, rounds=rounds or chosen.outer.rounds)
     chosen = dataclasses.replace(chosen, outer=outer, rounds=dataclasses.replace(chosen.rounds, start_peers=peers))
@@ -244,7 +246,9 @@ def _report(swarm: Swarm, store: RunFolder, began_s: float) -> None:
     bench = Bench(run, store.path.parent.parent / "data", threads=1)
     every = max(1, run.outer.rounds // CURVE_POINTS)
     tokens, losses, final = [], [], None
-    for round, state in replay(store, run):
+    head = store.journal.head()
+    assert head is not None, "the ledger has records"
+    for round, state in replay(store, run, 0, head.round):
         if round % every == 0 or round == run.outer.rounds:
             tokens.append(round * run.nominal_tokens)
             losses.append(bench.loss_of(state))
@@ -252,12 +256,9 @@ def _report(swarm: Swarm, store: RunFolder, began_s: float) -> None:
             final = state.copy()
     assert final is not None, "a run has at least its genesis"
 
-    solo = Bench(run, store.path.parent.parent / "data", threads=1)
-    alone = solo.train_alone(
+    alone = bench.train_alone(
         bytes(32), every, lambda round, point: console.print(f"alone, round {round}: {point.val_loss:.3f}")
     )
-    head = store.journal.head()
-    assert head is not None, "the ledger has records"
     finished = [event for peer in swarm.peers() if (event := peer.last("finished")) is not None]
     roots = {peer.name: str(event["state_root"]) for peer, event in zip(swarm.peers(), finished, strict=True)}
     roots = {"aggregator": head.state_root.hex(), **roots}
@@ -284,21 +285,6 @@ def _report(swarm: Swarm, store: RunFolder, began_s: float) -> None:
     )
     if not summary.state_roots_equal:
         raise UserError(UserCode.PROGRAM_DIED, "the state roots differ", "keep the run folder and report it")
-
-
-def replay(store: RunFolder, run: RunConfig) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """The parameters after every round, from the genesis by the stored updates, each checked against its record."""
-    flat = store.states.load(run.genesis_root, run.layout)
-    yield 0, flat
-    head = store.journal.head()
-    assert head is not None, "the ledger has records"
-    for row in store.journal.records(1, head.round):
-        if row.update_digest != NO_DIGEST:
-            data = store.blobs.get("update", row.update_digest.hex())
-            assert data is not None, "the demo keeps all updates"
-            update = update_from_wire(data, run)
-            apply_update(flat, run.layout, check_update(update, run, digest=row.update_digest))
-        yield row.round, flat
 
 
 def _summary(

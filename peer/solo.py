@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peer.core.device import pick_device, pick_dtype, set_threads
-from peer.core.replica import Replica
+from peer.core.replica import Replica, initial_state
 from peer.data.prepare import Dataset, prepare
 from protocol.run import RunConfig
 
@@ -46,6 +46,7 @@ class Bench:
     def train_alone(self, peer_key: bytes, every_rounds: int, on_round: Callable[[int, Point], None]) -> list[Point]:
         """Train as one peer that never hears of another, with the same batches, schedule and number of steps."""
         inner = self.run.inner
+        self.replica.load_outer(initial_state(self.run.model))
         points = [Point(0, self.val_loss())]
         for round in range(1, self.run.outer.rounds + 1):
             batches = self.data.training_batches(round, peer_key, inner.steps, inner.batch_size)
