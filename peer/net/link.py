@@ -306,5 +306,5 @@ def _event(message: pb.RoundEvent) -> RoundEvent | None:
     if kind == "closed":
         if len(message.closed.record) > RECORD_BYTES_MAX:
             raise ProtocolError(Code.BAD_MESSAGE, "a round record is too large")
-        return RoundClosed(message.closed.record)
+        return RoundClosed(message.closed.record, message.closed.update_bytes, message.closed.bundle_bytes)
     return None

@@ -23,9 +23,15 @@ class RoundOpened:
 
 @dataclass(frozen=True)
 class RoundClosed:
-    """A round has ended; `record` is its signed record, not yet checked."""
+    """A round has ended; `record` is its signed record, not yet checked.
+
+    The sizes are those of the update and of the bundle of packets in transport form, 0 where there is none. Nobody
+    signed them: they say what to fetch, not what to believe.
+    """
 
     record: bytes
+    update_bytes: int = 0
+    bundle_bytes: int = 0
 
 
 RoundEvent = RoundOpened | RoundClosed

@@ -395,7 +395,8 @@ def _event_message(event: RoundEvent) -> pb.RoundEvent:
             round=event.round, base_root=event.base_root, inner_steps=event.inner_steps, closes_in_ms=left_ms
         )
         return pb.RoundEvent(opened=opened)
-    return pb.RoundEvent(closed=pb.RoundClosed(record=event.record))
+    closed = pb.RoundClosed(record=event.record, update_bytes=event.update_bytes, bundle_bytes=event.bundle_bytes)
+    return pb.RoundEvent(closed=closed)
 
 
 def _empty(spool: Path) -> None:

@@ -35,8 +35,9 @@ async def test_a_watch_tells_rounds_in_order_and_presence_alternates(tmp_path: P
     async with serving(house, tmp_path) as server, await join(server.port, key) as link:
         watch = link.watch()
         assert await anext(watch) == RoundOpened(7, ROOT, 15, 2.5)
-        house.events.put_nowait(RoundClosed(b"record 7"))
-        assert await anext(watch) == RoundClosed(b"record 7")
+        for closed in (RoundClosed(b"record 7"), RoundClosed(b"record 8", (1 << 64) - 1, 17)):
+            house.events.put_nowait(closed)
+            assert await anext(watch) == closed
         assert house.log == [("joined", key.public)]
         await watch.aclose()
         await until(lambda: house.log == [("joined", key.public), ("left", key.public)])

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peer/net/pb/swarm.proto\x12\rsparseloco.v1\"c\n\x0bJoinRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.sparseloco.v1.HelloH\x00\x12%\n\x05proof\x18\x02 \x01(\x0b\x32\x14.sparseloco.v1.ProofH\x00\x42\x06\n\x04step\"E\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\x0c\x12\x0c\n\x04peer\x18\x03 \x01(\x0c\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"\x1a\n\x05Proof\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"m\n\tJoinReply\x12-\n\tchallenge\x18\x01 \x01(\x0b\x32\x18.sparseloco.v1.ChallengeH\x00\x12)\n\x07welcome\x18\x02 \x01(\x0b\x32\x16.sparseloco.v1.WelcomeH\x00\x42\x06\n\x04step\"A\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x12\n\naggregator\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"/\n\x07Welcome\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x13\n\x0bhead_record\x18\x02 \x01(\x0c\"\x1f\n\x0cWatchRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"\xa0\x01\n\nRoundEvent\x12-\n\theartbeat\x18\x01 \x01(\x0b\x32\x18.sparseloco.v1.HeartbeatH\x00\x12,\n\x06opened\x18\x02 \x01(\x0b\x32\x1a.sparseloco.v1.RoundOpenedH\x00\x12,\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x1a.sparseloco.v1.RoundClosedH\x00\x42\x07\n\x05\x65vent\"\x0b\n\tHeartbeat\"Z\n\x0bRoundOpened\x12\r\n\x05round\x18\x01 \x01(\r\x12\x11\n\tbase_root\x18\x02 \x01(\x0c\x12\x13\n\x0binner_steps\x18\x03 \x01(\r\x12\x14\n\x0c\x63loses_in_ms\x18\x04 \x01(\x04\"\x1d\n\x0bRoundClosed\x12\x0e\n\x06record\x18\x01 \x01(\x0c\"U\n\rSubmitRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.sparseloco.v1.SubmitStartH\x00\x12\x0f\n\x05\x66rame\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"<\n\x0bSubmitStart\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\"g\n\x0bSubmitReply\x12%\n\x02go\x18\x01 \x01(\x0b\x32\x17.sparseloco.v1.SubmitGoH\x00\x12)\n\x07receipt\x18\x02 \x01(\x0b\x32\x16.sparseloco.v1.ReceiptH\x00\x42\x06\n\x04step\"\n\n\x08SubmitGo\"9\n\x07Receipt\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x03 \x01(\r\"M\n\x0c\x46\x65tchRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"\'\n\tBlobFrame\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32\x96\x02\n\x05Swarm\x12@\n\x04Join\x12\x1a.sparseloco.v1.JoinRequest\x1a\x18.sparseloco.v1.JoinReply(\x01\x30\x01\x12\x41\n\x05Watch\x12\x1b.sparseloco.v1.WatchRequest\x1a\x19.sparseloco.v1.RoundEvent0\x01\x12\x46\n\x06Submit\x12\x1c.sparseloco.v1.SubmitRequest\x1a\x1a.sparseloco.v1.SubmitReply(\x01\x30\x01\x12@\n\x05\x46\x65tch\x12\x1b.sparseloco.v1.FetchRequest\x1a\x18.sparseloco.v1.BlobFrame0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peer/net/pb/swarm.proto\x12\rsparseloco.v1\"c\n\x0bJoinRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.sparseloco.v1.HelloH\x00\x12%\n\x05proof\x18\x02 \x01(\x0b\x32\x14.sparseloco.v1.ProofH\x00\x42\x06\n\x04step\"E\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\x0c\x12\x0c\n\x04peer\x18\x03 \x01(\x0c\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"\x1a\n\x05Proof\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"m\n\tJoinReply\x12-\n\tchallenge\x18\x01 \x01(\x0b\x32\x18.sparseloco.v1.ChallengeH\x00\x12)\n\x07welcome\x18\x02 \x01(\x0b\x32\x16.sparseloco.v1.WelcomeH\x00\x42\x06\n\x04step\"A\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x12\n\naggregator\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"/\n\x07Welcome\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x13\n\x0bhead_record\x18\x02 \x01(\x0c\"\x1f\n\x0cWatchRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"\xa0\x01\n\nRoundEvent\x12-\n\theartbeat\x18\x01 \x01(\x0b\x32\x18.sparseloco.v1.HeartbeatH\x00\x12,\n\x06opened\x18\x02 \x01(\x0b\x32\x1a.sparseloco.v1.RoundOpenedH\x00\x12,\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x1a.sparseloco.v1.RoundClosedH\x00\x42\x07\n\x05\x65vent\"\x0b\n\tHeartbeat\"Z\n\x0bRoundOpened\x12\r\n\x05round\x18\x01 \x01(\r\x12\x11\n\tbase_root\x18\x02 \x01(\x0c\x12\x13\n\x0binner_steps\x18\x03 \x01(\r\x12\x14\n\x0c\x63loses_in_ms\x18\x04 \x01(\x04\"I\n\x0bRoundClosed\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12\x14\n\x0cupdate_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x62undle_bytes\x18\x03 \x01(\x04\"U\n\rSubmitRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.sparseloco.v1.SubmitStartH\x00\x12\x0f\n\x05\x66rame\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"<\n\x0bSubmitStart\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\"g\n\x0bSubmitReply\x12%\n\x02go\x18\x01 \x01(\x0b\x32\x17.sparseloco.v1.SubmitGoH\x00\x12)\n\x07receipt\x18\x02 \x01(\x0b\x32\x16.sparseloco.v1.ReceiptH\x00\x42\x06\n\x04step\"\n\n\x08SubmitGo\"9\n\x07Receipt\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x03 \x01(\r\"M\n\x0c\x46\x65tchRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"\'\n\tBlobFrame\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32\x96\x02\n\x05Swarm\x12@\n\x04Join\x12\x1a.sparseloco.v1.JoinRequest\x1a\x18.sparseloco.v1.JoinReply(\x01\x30\x01\x12\x41\n\x05Watch\x12\x1b.sparseloco.v1.WatchRequest\x1a\x19.sparseloco.v1.RoundEvent0\x01\x12\x46\n\x06Submit\x12\x1c.sparseloco.v1.SubmitRequest\x1a\x1a.sparseloco.v1.SubmitReply(\x01\x30\x01\x12@\n\x05\x46\x65tch\x12\x1b.sparseloco.v1.FetchRequest\x1a\x18.sparseloco.v1.BlobFrame0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,21 +52,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUNDOPENED']._serialized_start=678
   _globals['_ROUNDOPENED']._serialized_end=768
   _globals['_ROUNDCLOSED']._serialized_start=770
-  _globals['_ROUNDCLOSED']._serialized_end=799
-  _globals['_SUBMITREQUEST']._serialized_start=801
-  _globals['_SUBMITREQUEST']._serialized_end=886
-  _globals['_SUBMITSTART']._serialized_start=888
-  _globals['_SUBMITSTART']._serialized_end=948
-  _globals['_SUBMITREPLY']._serialized_start=950
-  _globals['_SUBMITREPLY']._serialized_end=1053
-  _globals['_SUBMITGO']._serialized_start=1055
-  _globals['_SUBMITGO']._serialized_end=1065
-  _globals['_RECEIPT']._serialized_start=1067
-  _globals['_RECEIPT']._serialized_end=1124
-  _globals['_FETCHREQUEST']._serialized_start=1126
-  _globals['_FETCHREQUEST']._serialized_end=1203
-  _globals['_BLOBFRAME']._serialized_start=1205
-  _globals['_BLOBFRAME']._serialized_end=1244
-  _globals['_SWARM']._serialized_start=1247
-  _globals['_SWARM']._serialized_end=1525
+  _globals['_ROUNDCLOSED']._serialized_end=843
+  _globals['_SUBMITREQUEST']._serialized_start=845
+  _globals['_SUBMITREQUEST']._serialized_end=930
+  _globals['_SUBMITSTART']._serialized_start=932
+  _globals['_SUBMITSTART']._serialized_end=992
+  _globals['_SUBMITREPLY']._serialized_start=994
+  _globals['_SUBMITREPLY']._serialized_end=1097
+  _globals['_SUBMITGO']._serialized_start=1099
+  _globals['_SUBMITGO']._serialized_end=1109
+  _globals['_RECEIPT']._serialized_start=1111
+  _globals['_RECEIPT']._serialized_end=1168
+  _globals['_FETCHREQUEST']._serialized_start=1170
+  _globals['_FETCHREQUEST']._serialized_end=1247
+  _globals['_BLOBFRAME']._serialized_start=1249
+  _globals['_BLOBFRAME']._serialized_end=1288
+  _globals['_SWARM']._serialized_start=1291
+  _globals['_SWARM']._serialized_end=1569
 # @@protoc_insertion_point(module_scope)

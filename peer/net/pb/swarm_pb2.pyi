@@ -271,15 +271,23 @@ class RoundClosed(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: _builtins.int
+    UPDATE_BYTES_FIELD_NUMBER: _builtins.int
+    BUNDLE_BYTES_FIELD_NUMBER: _builtins.int
     record: _builtins.bytes
+    update_bytes: _builtins.int
+    """of the update in transport form; 0 where there is none"""
+    bundle_bytes: _builtins.int
+    """of the bundle of packets (SPEC 11); 0 where none is offered"""
     def __init__(
         self,
         *,
         record: _builtins.bytes = ...,
+        update_bytes: _builtins.int = ...,
+        bundle_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_bytes", b"bundle_bytes", "record", b"record", "update_bytes", b"update_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
