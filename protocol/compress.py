@@ -1,19 +1,20 @@
 """Error feedback, top-k and two-bit quantization: the reference that every faster path equals bit for bit (SPEC 4).
 
-Algorithm: SparseLoCo (arXiv 2508.15706). The quantizer is ours: per chunk the integer mean of the large kept
-magnitudes, and the ratio of the mean of the small ones to it.
+Algorithm: SparseLoCo (arXiv 2508.15706). The quantizer is ours: two magnitudes per chunk, found by splitting the kept
+ones at their mean, once more half-way between the two means, and rounding each to the nearer of what can be sent.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protocol.layout import kept
-from protocol.limits import CHUNK, GRID_BITS, RATIO_STEPS, SCALE_FIELD_MAX, SCALE_FIELD_MIN
-from protocol.packing import SCALE_MAX, SparseTensor
+from protocol.limits import CHUNK, GRID_BITS, RATIO_STEPS, SCALE_MAX
+from protocol.packing import SparseTensor
 
 _BATCH_CHUNKS = 256  # chunks worked on at once: a Python step per million values, and some tens of MB of scratch
+_SCALE_DIGITS = 4  # significant bits of a scale: 8 to 15
 
-Quantized = tuple[NDArray[np.uint16], NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint8]]
+Quantized = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint8]]
 
 
 def error_feedback(
@@ -77,40 +78,57 @@ def _quantize(rows: NDArray[np.float32], start: int, count: int, code_bits: int)
     top = exponent.max(axis=1)
     fixed = (mantissa << 6) >> np.minimum(top[:, None] - exponent, 30)  # unit 2^(top - 156)
 
-    total = fixed.sum(axis=1)
-    is_high = fixed * count > total[:, None]
-    is_high |= ~is_high.any(axis=1, keepdims=True) | (code_bits == 1)
-    high_count = is_high.sum(axis=1)
-    high_sum = (fixed * is_high).sum(axis=1)
-    high = high_sum // high_count
-    low = (total - high_sum) // np.maximum(count - high_count, 1)
-
-    drop = np.maximum(bit_length(high) - 8, 0)
+    above = (fixed * count > fixed.sum(axis=1, keepdims=True)) | (code_bits == 1)
+    is_high, high, low = _means(fixed, above)
+    if code_bits == 2:
+        is_high, high, low = _means(fixed, 2 * fixed > (high + low)[:, None])
+    drop = np.maximum(bit_length(high) - _SCALE_DIGITS, 0)
     digits = (high + ((1 << drop) >> 1)) >> drop
-    carry = digits == 256
-    digits, drop = np.where(carry, 128, digits), drop + carry
-    scale_field = top + drop - 22
-    scale = np.maximum(digits << drop, 1)
+    carry = digits == 1 << _SCALE_DIGITS
+    digits, drop = np.where(carry, 8, digits), drop + carry
+    scale = np.maximum(digits << drop, 1)  # 0 only in a chunk of zeros, which is absent
     ratio = np.clip(RATIO_STEPS - (128 * low + scale) // (2 * scale), 0, RATIO_STEPS - 1)
-    ratio[high_count == count] = 0
+    ratio[is_high.all(axis=1)] = 0
 
-    present = scale_field >= SCALE_FIELD_MIN
-    over = scale_field > SCALE_FIELD_MAX
-    scale_bits = np.where(over, SCALE_MAX, (scale_field << 7) + (digits & 127))
-    codes = (sent >> 31) + 2 * (~is_high & (ratio > 0)[:, None])
+    # The scale and the ratio are rounded: each value takes the nearer one, as long as both are still taken.
+    nearest = 2 * fixed > (scale + ((scale * (RATIO_STEPS - ratio)) >> 6))[:, None]
+    both = nearest.any(axis=1) & ~nearest.all(axis=1)
+    is_high = np.where(both[:, None], nearest, is_high) | (ratio == 0)[:, None]
+
+    scale_byte = ((top + drop - 123) << 3) + (digits - 8)
+    present = scale_byte > 0
+    codes = (sent >> 31) + 2 * ~is_high
     flat = columns + (start + np.arange(len(rows)) * rows.shape[1])[:, None]
     return (
-        np.where(present, scale_bits, 0).astype(np.uint16),
+        np.clip(scale_byte, 0, SCALE_MAX).astype(np.uint8),
         np.where(present, ratio, 0).astype(np.uint8),
         flat[present].reshape(-1),
         codes[present].reshape(-1).astype(np.uint8),
     )
 
 
+def _means(
+    fixed: NDArray[np.int64], is_high: NDArray[np.bool_]
+) -> tuple[
+    NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]
+]:  # [c, count] each -> bool[c, count], i64[c], i64[c]
+    """The high magnitudes, all of a chunk where none is, and the means of the high and the low ones of each chunk.
+
+    Where no magnitude is low, both means are that of the high ones.
+    """
+    is_high = is_high | ~is_high.any(axis=1, keepdims=True)
+    high_count = is_high.sum(axis=1)
+    high_sum = (fixed * is_high).sum(axis=1)
+    high = high_sum // high_count
+    low_count = fixed.shape[1] - high_count
+    low = np.where(low_count > 0, (fixed.sum(axis=1) - high_sum) // np.maximum(low_count, 1), high)
+    return is_high, high, low
+
+
 def dequantize(sparse: SparseTensor) -> NDArray[np.int64]:  # -> i64[m]
-    """The sent values as integers in units of 2^-38, each below 2^41 in magnitude and never 0."""
+    """The sent values as integers in units of 2^-38, each below 2^40 in magnitude and never 0."""
     scales = sparse.scales.astype(np.int64)
-    high = ((scales & 127) + 128) << np.maximum((scales >> 7) - (SCALE_FIELD_MIN - 1), 0)
+    high = (8 + (scales & 7)) << ((scales >> 3) + 5)
     low = (high * (RATIO_STEPS - sparse.ratios.astype(np.int64))) >> 6
     chunks = sparse.indices // CHUNK
     magnitudes = np.where(sparse.codes & 2, low[chunks], high[chunks])
@@ -119,5 +137,5 @@ def dequantize(sparse: SparseTensor) -> NDArray[np.int64]:  # -> i64[m]
 
 
 def to_float32(grid: NDArray[np.int64]) -> NDArray[np.float32]:  # i64[m] -> f32[m]
-    """Grid integers as float32; exact for dequantized values, which have at most 14 significant bits."""
+    """Grid integers as float32; exact for dequantized values, which have at most 10 significant bits."""
     return grid.astype(np.float32) * np.float32(2.0**-GRID_BITS)

@@ -24,7 +24,6 @@ class Code(IntEnum):
     TOO_LARGE = 307
     BAD_FRAME = 308
     BAD_ZSTD = 309
-    BAD_SCALE = 310
     BAD_RATIO = 311
     BAD_BLOCKS = 312
     BAD_INDEX = 313

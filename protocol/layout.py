@@ -10,7 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.identity import leaf_hash, merkle_root_of_hashes
-from protocol.limits import CHUNK, DIMENSIONS_MAX, PIECE_BYTES, TENSOR_NAME_BYTES_MAX, TENSORS_MAX, VALUES_MAX
+from protocol.limits import (
+    CHUNK,
+    DIMENSIONS_MAX,
+    PIECE_BYTES,
+    TENSOR_NAME_BYTES_MAX,
+    TENSOR_VALUES_MAX,
+    TENSORS_MAX,
+    VALUES_MAX,
+)
 
 _NAME = re.compile(r"[!-~]+")
 
@@ -32,9 +40,10 @@ class TensorSpec:
             raise ValueError(
                 f"tensor {self.name} has {len(self.shape)} dimensions; at most {DIMENSIONS_MAX} are allowed"
             )
-        if not all(1 <= extent <= VALUES_MAX for extent in self.shape):
+        if not all(1 <= extent <= TENSOR_VALUES_MAX for extent in self.shape) or self.size > TENSOR_VALUES_MAX:
             raise ValueError(
-                f"tensor {self.name} has shape {self.shape}; every dimension must be from 1 to {VALUES_MAX}"
+                f"tensor {self.name} has shape {self.shape}; "
+                f"every dimension must be at least 1, and their product at most {TENSOR_VALUES_MAX}"
             )
 
     @cached_property

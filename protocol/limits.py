@@ -8,21 +8,21 @@ ZSTD_WINDOW_BYTES_MAX = 8 << 20  # what RFC 8878 wants every decoder to have
 PIECE_BYTES = 4 << 20  # one leaf of the state root
 
 GRID_BITS = 38  # dequantized values are integers in units of 2^-38
-SCALE_FIELD_MIN = 97  # bfloat16 exponent field of 2^-30
-SCALE_FIELD_MAX = 129  # so that every value is below 8
+SCALE_MAX = 255  # (8 + 7) << 36, so that every value is below 4
 RATIO_STEPS = 64
 WEIGHT_UNIT = 1024  # the weight of a packet with the run's nominal tokens
 WEIGHT_MAX = 4096
 CLIP_ONE = 65536
 ALPHA_ONE = 65536
 ALPHA_MAX = 1 << 18
-EXPONENT_MAX = 37  # the largest merged value, (255 << 33) * 4, needs no more
+EXPONENT_MAX = 35  # the largest merged value, (15 << 36) * 4, needs no more
 TOKENS_MAX = 1 << 48  # tokens in one packet, so that tokens * WEIGHT_UNIT stays far inside 64 bits
 CONTRIBUTORS_MAX = 1024
 
 TENSORS_MAX = 1 << 14
 TENSOR_NAME_BYTES_MAX = 200
 DIMENSIONS_MAX = 8
+TENSOR_VALUES_MAX = 1 << 31  # so that the gap bytes of a section, and each plane of a frame, are counted in 32 bits
 VALUES_MAX = 1 << 40
 RUN_BYTES_MAX = 4 << 20
 RECORD_ENTRIES_MAX = 4096

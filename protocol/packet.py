@@ -12,9 +12,9 @@ from protocol.packing import (
     SectionForm,
     SparseTensor,
     check_header,
+    check_section,
     check_sections,
     decode_section,
-    encode_section,
 )
 from protocol.run import RunConfig
 
@@ -96,30 +96,22 @@ def make_packet(
     base_root: bytes,
     tokens: int,
     inner_steps: int,
-    tensors: Sequence[SparseTensor],
+    sections: Sequence[bytes],
 ) -> Packet:
-    """Encode and sign a peer's contribution to a round; tensors in the order of the layout."""
-    assert [tensor.size for tensor in tensors] == [tensor.size for tensor in run.layout.tensors]
+    """Sign a peer's contribution to a round; one canonical section per tensor, in the order of the layout."""
+    assert len(sections) == len(run.layout.tensors)
     assert 1 <= tokens <= TOKENS_MAX and inner_steps >= 1
-    k, code_bits = run.compression.k, run.compression.code_bits
-    sections = tuple(encode_section(tensor, k, code_bits) for tensor in tensors)
     header = PacketHeader(
         run.run_id, round, base_root, key.public, tokens, inner_steps, merkle_root(sections), bytes(SIGNATURE_BYTES)
     )
-    return Packet(replace(header, signature=key.sign("packet", header.signed_bytes)), sections)
+    return Packet(replace(header, signature=key.sign("packet", header.signed_bytes)), tuple(sections))
 
 
-def check_packet(
-    packet: Packet,
-    run: RunConfig,
-    *,
-    round: int,
-    base_root: bytes,
-) -> list[SparseTensor]:
-    """Return the tensors of a packet that belongs to this round; cheap checks come first.
+def check_claims(packet: Packet, run: RunConfig, *, round: int, base_root: bytes) -> None:
+    """Check that a packet belongs to this round and is its peer's: everything but the contents of the sections.
 
-    Raises ProtocolError: OTHER_RUN, WRONG_ROUND, WRONG_BASE, BAD_KEY, BAD_SIGNATURE, TRUNCATED, TRAILING, TOO_LARGE,
-    BAD_MERKLE, or a section's code.
+    Raises ProtocolError: OTHER_RUN, WRONG_ROUND, WRONG_BASE, BAD_KEY, BAD_SIGNATURE, TRUNCATED, TRAILING, TOO_LARGE or
+    BAD_MERKLE.
     """
     header = packet.header
     if header.run_id != run.run_id:
@@ -130,6 +122,16 @@ def check_packet(
         raise ProtocolError(Code.WRONG_BASE, "the packet starts from other outer parameters than this round")
     verify(header.peer, "packet", header.signed_bytes, header.signature)
     check_sections(packet.sections, run.layout, packet_form(run), header.sections_root)
+
+
+def check_packet(packet: Packet, run: RunConfig, *, round: int, base_root: bytes) -> list[SparseTensor]:
+    """Return the tensors of a packet that belongs to this round. Nothing is decoded before everything is checked.
+
+    Raises ProtocolError like `check_claims`, or with a section's code.
+    """
+    check_claims(packet, run, round=round, base_root=base_root)
     k, code_bits = run.compression.k, run.compression.code_bits
-    pairs = zip(packet.sections, run.layout.tensors, strict=True)
+    pairs = [*zip(packet.sections, run.layout.tensors, strict=True)]
+    for section, tensor in pairs:
+        check_section(section, tensor.size, k, code_bits)
     return [decode_section(section, tensor.size, k, code_bits) for section, tensor in pairs]

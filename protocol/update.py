@@ -13,7 +13,15 @@ from protocol.errors import Code, ProtocolError
 from protocol.identity import Buffer, digest, merkle_root
 from protocol.layout import Layout
 from protocol.limits import CHUNK, EXPONENT_MAX, GRID_BITS, VERSION
-from protocol.packing import Section, SectionForm, check_header, check_sections, decode_gaps, encode_gaps, split_section
+from protocol.packing import (
+    Section,
+    SectionForm,
+    check_header,
+    check_sections,
+    encode_gaps,
+    split_section,
+    sums_by_chunk,
+)
 from protocol.run import RunConfig
 
 UPDATE_FORM = SectionForm(CHUNK, 8)
@@ -40,7 +48,7 @@ def _round_shift(values: NDArray[np.int64], shifts: NDArray[np.int64]) -> NDArra
     return (values + ((1 << shifts) >> 1)) >> shifts
 
 
-def to_update_tensor(step: NDArray[np.int64]) -> UpdateTensor:  # i64[N], magnitudes below 2^43
+def to_update_tensor(step: NDArray[np.int64]) -> UpdateTensor:  # i64[N], magnitudes below 2^42
     """Round a merged step in grid units to the update: the one place where the merge rounds."""
     chunks = -(-step.size // CHUNK)
     magnitudes = np.abs(step)
@@ -90,28 +98,46 @@ def update_section_bytes_max(size: int) -> int:
 def encode_update_section(update: UpdateTensor) -> bytes:
     """The canonical bytes of one tensor's part of an update."""
     blocks, gaps = encode_gaps(update.indices, update.size)
-    return Section(update.counts, update.exponents, blocks, gaps, update.values.view(np.uint8)).to_bytes()
+    values = update.values.view(np.uint8)
+    return Section(UPDATE_FORM, update.size, update.counts, update.exponents, blocks, gaps, values).to_bytes()
+
+
+def check_update_section(data: Buffer, size: int) -> int:
+    """Check an update's section for a tensor of `size` values and return how many of them it changes.
+
+    Accepts only canonical bytes, and takes memory for a few chunks, whatever the size. Raises ProtocolError with the
+    code of the first rule that is broken, in the order of SPEC 7.
+    """
+    return len(_checked_section(data, size).values)
 
 
 def decode_update_section(data: Buffer, size: int) -> UpdateTensor:
-    """Read an update's section for a tensor of `size` values.
+    """Read an update's section for a tensor of `size` values: what it returns encodes to `data` again.
 
-    Accepts only canonical bytes: what it returns encodes to `data` again. Raises ProtocolError with the code of the
-    first rule that is broken, in the order of SPEC 7.
+    Raises ProtocolError like `check_update_section`, before it allocates anything for the values.
     """
-    section, counts = split_section(data, size, UPDATE_FORM)
-    exponents = section.extras
-    if np.any(exponents > EXPONENT_MAX) or np.any(exponents[counts == 0]):
-        raise ProtocolError(Code.BAD_EXPONENT, f"an exponent is above {EXPONENT_MAX}, or an empty chunk has one")
-    indices = decode_gaps(section, counts, size)
-    values = section.values.view(np.int8)
-    if np.any(values == 0) or np.any(values == -128):
-        raise ProtocolError(Code.BAD_VALUE, "a value is 0 or -128")
-    small = np.concatenate(([0], np.cumsum(np.abs(values) <= _VALUE_MAX // 2)))
-    stops = np.cumsum(counts)
-    if np.any((exponents > 0) & (small[stops] - small[stops - counts] == counts)):
+    section = _checked_section(data, size)
+    counts = section.heads.astype(np.uint16, copy=False)
+    return UpdateTensor(size, counts, section.extras, section.indices(), section.values.view(np.int8))
+
+
+def _checked_section(data: Buffer, size: int) -> Section:
+    section = split_section(data, size, UPDATE_FORM)
+    for span, _, counts in section.batches():
+        exponents = section.extras[span]
+        if np.any(exponents > EXPONENT_MAX) or np.any(exponents[counts == 0]):
+            raise ProtocolError(Code.BAD_EXPONENT, f"an exponent is above {EXPONENT_MAX}, or an empty chunk has one")
+    section.check_gaps()
+    too_coarse = False
+    for span, which, counts in section.batches():
+        values = section.values[which].view(np.int8)
+        if np.any(values == 0) or np.any(values == -128):
+            raise ProtocolError(Code.BAD_VALUE, "a value is 0 or -128")
+        large = sums_by_chunk(np.abs(values) > _VALUE_MAX // 2, counts)
+        too_coarse |= bool(np.any((section.extras[span] > 0) & (large == 0)))
+    if too_coarse:
         raise ProtocolError(Code.BAD_EXPONENT, "an exponent is larger than its chunk needs")
-    return UpdateTensor(size, section.heads, exponents, indices, values)
+    return section
 
 
 @dataclass(frozen=True)
@@ -155,23 +181,32 @@ def make_update(
     round: int,
     base_root: bytes,
     new_root: bytes,
-    tensors: Sequence[UpdateTensor],
+    sections: Sequence[bytes],
 ) -> Update:
-    """Encode the update of a round; tensors in the order of the layout."""
-    assert [tensor.size for tensor in tensors] == [tensor.size for tensor in run.layout.tensors]
-    sections = tuple(encode_update_section(tensor) for tensor in tensors)
-    return Update(UpdateHeader(run.run_id, round, base_root, new_root, merkle_root(sections)), sections)
+    """The update of a round; one canonical section per tensor, in the order of the layout."""
+    assert len(sections) == len(run.layout.tensors)
+    return Update(UpdateHeader(run.run_id, round, base_root, new_root, merkle_root(sections)), tuple(sections))
 
 
-def check_update(update: Update, run: RunConfig, *, digest: bytes) -> list[UpdateTensor]:
-    """Return the tensors of the update that has this digest.
+def check_update_claims(update: Update, run: RunConfig, *, digest: bytes) -> None:
+    """Check that this is the update with this digest: everything but the contents of the sections.
 
-    Raises ProtocolError: WRONG_DIGEST, OTHER_RUN, TRUNCATED, TRAILING, TOO_LARGE, BAD_MERKLE, or a section's code.
+    Raises ProtocolError: WRONG_DIGEST, OTHER_RUN, TRUNCATED, TRAILING, TOO_LARGE or BAD_MERKLE.
     """
     if update.header.digest != digest:
         raise ProtocolError(Code.WRONG_DIGEST, "this is not the update that the round record names")
     if update.header.run_id != run.run_id:
         raise ProtocolError(Code.OTHER_RUN, "the update belongs to another run")
     check_sections(update.sections, run.layout, UPDATE_FORM, update.header.sections_root)
-    pairs = zip(update.sections, run.layout.tensors, strict=True)
+
+
+def check_update(update: Update, run: RunConfig, *, digest: bytes) -> list[UpdateTensor]:
+    """Return the tensors of the update that has this digest. Nothing is decoded before everything is checked.
+
+    Raises ProtocolError like `check_update_claims`, or with a section's code.
+    """
+    check_update_claims(update, run, digest=digest)
+    pairs = [*zip(update.sections, run.layout.tensors, strict=True)]
+    for section, tensor in pairs:
+        check_update_section(section, tensor.size)
     return [decode_update_section(section, tensor.size) for section, tensor in pairs]

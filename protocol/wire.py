@@ -1,12 +1,12 @@
 """How packets and updates travel and rest on disk: header and frames of zstd-compressed planes (SPEC 6).
 
 Digests and signatures never cover this form, so another zstd version may write other bytes. The length of every plane
-follows from the layout and the planes before it, so nothing is expanded whose size was not known beforehand.
+follows from the layout, the head of its frame and the planes before it, so nothing is expanded whose size was not known
+and checked beforehand.
 """
 
 import struct
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 import zstandard
@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from protocol.errors import Code, ProtocolError
 from protocol.identity import Buffer
 from protocol.layout import Layout, TensorSpec
-from protocol.limits import BLOCK_CHUNKS, FRAME_BYTES, ZSTD_WINDOW_BYTES_MAX
+from protocol.limits import FRAME_BYTES, ZSTD_WINDOW_BYTES_MAX
 from protocol.packet import PACKET_HEADER_BYTES, Packet, PacketHeader, packet_form
 from protocol.packing import Section, SectionForm, split_section
 from protocol.run import RunConfig
 from protocol.update import UPDATE_FORM, UPDATE_HEADER_BYTES, Update, UpdateHeader
 
-_Item = TypeVar("_Item", bound=np.generic)
-
-_COUNT = struct.Struct("<I")
-_LENGTHS = struct.Struct("<II")
-_PLANES = 6
-_FRAME_HEAD_BYTES = _COUNT.size + _PLANES * _LENGTHS.size
+_SIZE = struct.Struct("<I")  # of a packet in a bundle
+_HEAD = struct.Struct(
+    "<II"
+)  # of a frame: how many sections, how many gap bytes; the stored length of each plane follows
+_FRAME_HEAD_BYTES_MAX = _HEAD.size + 6 * 4
+_SCAN_BYTES = 1 << 18  # gap bytes looked at together, so that scratch memory stays at some MB
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _ZSTD_LEVEL = 1  # higher levels gain nothing on gap bytes, whose distribution is flat
 
@@ -83,9 +83,42 @@ def _check_run(run_id: bytes, run: RunConfig) -> None:
         raise ProtocolError(Code.OTHER_RUN, "the bytes belong to another run, so their layout is unknown")
 
 
+def bundle_bytes_max(run: RunConfig, count: int) -> int:
+    """The most bytes that a bundle of `count` packets of this run can have."""
+    return count * (_SIZE.size + packet_wire_bytes_max(run))
+
+
+def bundle_to_wire(packets: Sequence[bytes]) -> bytes:
+    """The packets of a round, each in transport form, in the order of its record (SPEC 11)."""
+    return b"".join(part for packet in packets for part in (_SIZE.pack(len(packet)), packet))
+
+
+def bundle_from_wire(data: Buffer, count: int, run: RunConfig) -> list[bytes]:
+    """Cut a bundle into its `count` packets in transport form; each is left to `packet_from_wire`.
+
+    Raises ProtocolError TOO_LARGE, TRUNCATED or TRAILING.
+    """
+    _check_size(data, bundle_bytes_max(run, count))
+    packet_bytes_max = packet_wire_bytes_max(run)
+    reader = _Reader(data, 0)
+    packets = []
+    for _ in range(count):
+        (size,) = _SIZE.unpack(reader.take(_SIZE.size))
+        if size > packet_bytes_max:
+            raise ProtocolError(Code.TOO_LARGE, f"a packet claims {size} bytes; this run admits {packet_bytes_max}")
+        packets.append(bytes(reader.take(size)))
+    reader.check_end()
+    return packets
+
+
 def _frames_bytes_max(layout: Layout, form: SectionForm) -> int:
     """The bound of all sections, each in a frame of its own, every plane stored as it is."""
-    return sum(form.section_bytes_max(tensor.size) + _FRAME_HEAD_BYTES for tensor in layout.tensors)
+    return sum(form.section_bytes_max(tensor.size) + _FRAME_HEAD_BYTES_MAX for tensor in layout.tensors)
+
+
+def _planes(form: SectionForm) -> int:
+    """The heads of updates have two planes, since their low and their high bytes are unlike."""
+    return 4 + form.head_bytes
 
 
 def _to_frames(sections: Sequence[bytes], layout: Layout, form: SectionForm) -> bytes:
@@ -94,113 +127,136 @@ def _to_frames(sections: Sequence[bytes], layout: Layout, form: SectionForm) -> 
     group_bytes = 0
     for section, tensor in zip(sections, layout.tensors, strict=True):
         if group and group_bytes + len(section) > FRAME_BYTES:
-            frames.append(_encode_frame(group))
+            frames.append(_encode_frame(group, form))
             group, group_bytes = [], 0
-        group.append(split_section(section, tensor.size, form)[0])
+        group.append(split_section(section, tensor.size, form))
         group_bytes += len(section)
-    frames.append(_encode_frame(group))
+    frames.append(_encode_frame(group, form))
     return b"".join(frames)
 
 
-def _encode_frame(group: Sequence[Section]) -> bytes:
+def _encode_frame(group: Sequence[Section], form: SectionForm) -> bytes:
     """Write sections plane by plane, because like compresses with like."""
-    heads = np.concatenate([section.heads for section in group])
+    heads = np.concatenate([section.heads.view(np.uint8).reshape(-1, form.head_bytes) for section in group])
     planes = (
-        (heads & 0xFF).astype(np.uint8),
-        (heads >> 8).astype(np.uint8),
+        *(heads[:, place] for place in range(form.head_bytes)),
         np.concatenate([section.extras for section in group]),
-        np.concatenate([section.blocks for section in group]).astype("<u4"),
+        np.concatenate([section.blocks.astype("<u4", copy=False).view(np.uint8) for section in group]),
         np.concatenate([section.gaps for section in group]),
         np.concatenate([section.values for section in group]),
     )
     compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
-    parts = [_COUNT.pack(len(group))]
+    stored = []
     for plane in planes:
         raw = plane.tobytes()
-        stored = compressor.compress(raw)
-        if len(stored) >= len(raw):
-            stored = raw
-        parts += [_LENGTHS.pack(len(raw), len(stored)), stored]
-    return b"".join(parts)
+        compressed = compressor.compress(raw)
+        stored.append(compressed if len(compressed) < len(raw) else raw)
+    lengths = struct.pack(f"<{len(stored)}I", *map(len, stored))
+    return _HEAD.pack(len(group), sum(len(section.gaps) for section in group)) + lengths + b"".join(stored)
 
 
 def _from_frames(data: Buffer, offset: int, layout: Layout, form: SectionForm) -> tuple[bytes, ...]:
-    reader = _FrameReader(data, offset, form)
+    reader = _Reader(data, offset)
     sections: list[bytes] = []
     while len(sections) < len(layout.tensors):
-        sections += reader.frame(layout.tensors[len(sections) :])
-    if reader.offset != len(data):
-        raise ProtocolError(Code.TRAILING, f"{len(data) - reader.offset} bytes follow the last frame")
+        sections += _decode_frame(reader, layout.tensors[len(sections) :], form)
+    reader.check_end()
     return tuple(sections)
 
 
-class _FrameReader:
+def _decode_frame(reader: "_Reader", tensors: Sequence[TensorSpec], form: SectionForm) -> list[bytes]:
+    """Read one frame, which carries the sections of the first few of these tensors."""
+    count, gap_bytes = _HEAD.unpack(reader.take(_HEAD.size))
+    stored_lengths = struct.unpack(f"<{_planes(form)}I", reader.take(4 * _planes(form)))
+    stored = iter([reader.take(length) for length in stored_lengths])
+    if not 1 <= count <= len(tensors):
+        raise ProtocolError(Code.BAD_FRAME, f"a frame claims {count} sections, {len(tensors)} are missing")
+    sizes = [tensor.size for tensor in tensors[:count]]
+    gap_bytes_max = sum(form.gap_bytes_max(size) for size in sizes)
+    if gap_bytes > gap_bytes_max:
+        raise ProtocolError(
+            Code.TOO_LARGE, f"a frame claims {gap_bytes} gap bytes, at most {gap_bytes_max} are possible"
+        )
+
+    chunks = [tensor.chunks for tensor in tensors[:count]]
+    heads = np.empty((sum(chunks), form.head_bytes), np.uint8)
+    for place in range(form.head_bytes):
+        heads[:, place] = _expand(next(stored), sum(chunks))
+    heads_of = np.split(heads, np.cumsum(chunks)[:-1])
+    head_type = f"<u{form.head_bytes}"
+    counts = [form.count(part.view(head_type)[:, 0], size) for part, size in zip(heads_of, sizes, strict=True)]
+    extra_lengths = [number * form.extra_bytes for number in chunks]
+    extras = _cut(_expand(next(stored), sum(extra_lengths)), extra_lengths)
+    block_lengths = [4 * form.stated_blocks(size) for size in sizes]
+    blocks = _cut(_expand(next(stored), sum(block_lengths)), block_lengths)
+    gaps = _cut_gaps(_expand(next(stored), gap_bytes), counts)
+    value_lengths = [form.value_bytes(number) for number in counts]
+    values = _cut(_expand(next(stored), sum(value_lengths)), value_lengths)
+    sections = zip(heads_of, extras, blocks, gaps, values, strict=True)
+    return [b"".join(part.data for part in parts) for parts in sections]
+
+
+class _Reader:
     """Walks over foreign bytes. Every length is checked before the bytes behind it are touched."""
 
-    def __init__(self, data: Buffer, offset: int, form: SectionForm) -> None:
-        self.offset = offset
+    def __init__(self, data: Buffer, offset: int) -> None:
         self._data = memoryview(data)
-        self._form = form
-        self._decompressor = zstandard.ZstdDecompressor()
+        self._offset = offset
 
-    def frame(self, tensors: Sequence[TensorSpec]) -> list[bytes]:
-        """Read one frame, which carries the sections of the first few of these tensors."""
-        (count,) = _COUNT.unpack(self._take(_COUNT.size))
-        if not 1 <= count <= len(tensors):
-            raise ProtocolError(Code.BAD_FRAME, f"a frame claims {count} sections, {len(tensors)} are missing")
-        form, sizes = self._form, [tensor.size for tensor in tensors[:count]]
-        chunks = [tensor.chunks for tensor in tensors[:count]]
-        block_counts = [-(-number // BLOCK_CHUNKS) for number in chunks]
-        lows, highs = self._plane(sum(chunks)), self._plane(sum(chunks))
-        heads = _cut(lows + highs.astype(np.uint16) * np.uint16(256), chunks)
-        extra_lengths = [number * form.extra_bytes for number in chunks]
-        extras = _cut(self._plane(sum(extra_lengths)), extra_lengths)
-        blocks = _cut(self._plane(4 * sum(block_counts)).view("<u4"), block_counts)
-        gap_lengths = [int(block.sum(dtype=np.int64)) for block in blocks]
-        if any(length > form.gap_bytes_max(size) for length, size in zip(gap_lengths, sizes, strict=True)):
-            raise ProtocolError(Code.TOO_LARGE, "the blocks of a section claim more gap bytes than are possible")
-        gaps = _cut(self._plane(sum(gap_lengths)), gap_lengths)
-        value_lengths = [
-            form.value_bytes(int(form.counts(head, size).sum())) for head, size in zip(heads, sizes, strict=True)
-        ]
-        values = _cut(self._plane(sum(value_lengths)), value_lengths)
-        parts = zip(heads, extras, blocks, gaps, values, strict=True)
-        return [Section(*part).to_bytes() for part in parts]
+    def take(self, length: int) -> memoryview:
+        """The next bytes. Raises ProtocolError TRUNCATED when there are not so many."""
+        if length > len(self._data) - self._offset:
+            raise ProtocolError(
+                Code.TRUNCATED, f"{length} bytes are claimed, {len(self._data) - self._offset} are left"
+            )
+        self._offset += length
+        return self._data[self._offset - length : self._offset]
 
-    def _take(self, length: int) -> memoryview:
-        if length > len(self._data) - self.offset:
-            raise ProtocolError(Code.TRUNCATED, "the bytes end inside a frame")
-        self.offset += length
-        return self._data[self.offset - length : self.offset]
-
-    def _plane(self, length: int) -> NDArray[np.uint8]:  # -> u8[length]
-        """Read a plane that must have this length. Raises ProtocolError BAD_FRAME, TRUNCATED or BAD_ZSTD."""
-        raw_length, stored_length = _LENGTHS.unpack(self._take(_LENGTHS.size))
-        if raw_length != length or stored_length > raw_length:
-            claim = f"{raw_length} bytes stored in {stored_length}"
-            raise ProtocolError(Code.BAD_FRAME, f"a plane of {length} bytes claims {claim}")
-        stored = self._take(stored_length)
-        if stored_length == raw_length:
-            return np.frombuffer(stored, np.uint8)
-        return np.frombuffer(self._expand(stored, raw_length), np.uint8)
-
-    def _expand(self, stored: memoryview, length: int) -> bytes:
-        """Expand one zstd frame that declares exactly this length and no larger window than decoders must have."""
-        try:
-            if stored[:4] != _ZSTD_MAGIC:
-                raise ProtocolError(Code.BAD_ZSTD, "a plane is not a zstd frame")
-            declared = zstandard.get_frame_parameters(stored)
-            if declared.content_size != length or declared.window_size > ZSTD_WINDOW_BYTES_MAX:
-                claim = f"{declared.content_size} bytes and a window of {declared.window_size}"
-                raise ProtocolError(Code.BAD_ZSTD, f"a plane of {length} bytes declares {claim}")
-            raw = self._decompressor.decompress(stored, max_output_size=length, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise ProtocolError(Code.BAD_ZSTD, f"a plane does not expand: {error}") from None
-        if len(raw) != length:
-            raise ProtocolError(Code.BAD_ZSTD, f"a plane expands to {len(raw)} bytes, not {length}")
-        return raw
+    def check_end(self) -> None:
+        """Raise ProtocolError TRAILING when bytes are left."""
+        if self._offset != len(self._data):
+            raise ProtocolError(Code.TRAILING, f"{len(self._data) - self._offset} bytes are left over")
 
 
-def _cut(plane: NDArray[_Item], lengths: Sequence[int]) -> list[NDArray[_Item]]:
+def _expand(stored: memoryview, length: int) -> NDArray[np.uint8]:  # -> u8[length]
+    """The plane of this length that is stored so. Raises ProtocolError BAD_FRAME or BAD_ZSTD.
+
+    A compressed plane is one zstd frame that declares exactly this length and no larger window than decoders must have.
+    """
+    if len(stored) > length:
+        raise ProtocolError(Code.BAD_FRAME, f"a plane of {length} bytes is stored in {len(stored)}")
+    if len(stored) == length:
+        return np.frombuffer(stored, np.uint8)
+    try:
+        if stored[:4] != _ZSTD_MAGIC:
+            raise ProtocolError(Code.BAD_ZSTD, "a plane is not a zstd frame")
+        declared = zstandard.get_frame_parameters(stored)
+        if declared.content_size != length or declared.window_size > ZSTD_WINDOW_BYTES_MAX:
+            claim = f"{declared.content_size} bytes and a window of {declared.window_size}"
+            raise ProtocolError(Code.BAD_ZSTD, f"a plane of {length} bytes declares {claim}")
+        raw = zstandard.ZstdDecompressor().decompress(stored, max_output_size=length, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ProtocolError(Code.BAD_ZSTD, f"a plane does not expand: {error}") from None
+    if len(raw) != length:
+        raise ProtocolError(Code.BAD_ZSTD, f"a plane expands to {len(raw)} bytes, not {length}")
+    return np.frombuffer(raw, np.uint8)
+
+
+def _cut_gaps(gaps: NDArray[np.uint8], counts: Sequence[int]) -> list[NDArray[np.uint8]]:
+    """Cut gap bytes where each section has as many gaps as values. Raises ProtocolError BAD_FRAME."""
+    wanted = np.cumsum(counts, dtype=np.int64)
+    stops = np.zeros(len(counts), np.int64)
+    seen = 0
+    for start in range(0, len(gaps), _SCAN_BYTES):
+        ends = np.flatnonzero(gaps[start : start + _SCAN_BYTES] != 255)
+        here = (seen < wanted) & (wanted <= seen + len(ends))
+        stops[here] = start + ends[wanted[here] - seen - 1] + 1
+        seen += len(ends)
+    if seen != wanted[-1] or stops[-1] != len(gaps):
+        raise ProtocolError(Code.BAD_FRAME, f"the gaps of a frame do not end with its {wanted[-1]} values")
+    return np.split(gaps, stops[:-1])
+
+
+def _cut(plane: NDArray[np.uint8], lengths: Sequence[int]) -> list[NDArray[np.uint8]]:
     """Cut a plane into one part per section."""
     return np.split(plane, np.cumsum(lengths)[:-1])

@@ -14,7 +14,7 @@ from protocol.limits import ALPHA_MAX, CONTRIBUTORS_MAX, WEIGHT_MAX
 from protocol.packing import SparseTensor
 from protocol.run import RunConfig
 from protocol.update import Update, UpdateTensor, make_update, to_update_tensor, update_values
-from tests.protocol.codec_samples import BASE, make_run, same, sparse_tensors
+from tests.protocol.codec_samples import BASE, make_run, same, sparse_tensors, update_sections
 
 RULES = ("mean", "mean_of_senders")
 NEW = bytes([9]) * 32
@@ -70,7 +70,7 @@ def test_any_order_and_any_tree_give_the_same_bytes(
     contributions = contributions_of(run, count, seed)
 
     def update_of(tensors: list[UpdateTensor]) -> Update:
-        return make_update(run, 1, BASE, NEW, tensors)
+        return make_update(run, 1, BASE, NEW, update_sections(tensors))
 
     first = update_of(merge(contributions, run.layout, rule, alpha_q16))
     for _ in range(3):
@@ -132,8 +132,8 @@ def test_merge_is_within_rounding_of_floating_point(rule: str, count: int, alpha
 @settings(deadline=None, max_examples=60)
 @given(st.integers(-(2**63) + 1, 2**63 - 1), st.integers(1, 1 << 22), st.integers(1, 1 << 18), st.sampled_from(RULES))
 def test_quotient_truncates_towards_zero_twice(num: int, weight: int, alpha_q16: int, rule: str) -> None:
-    """Against fractions, for every sum that honest limits allow: |num| is at most (255 << 33) * weight."""
-    num = max(-(255 << 33) * weight, min(num, (255 << 33) * weight))
+    """Against fractions, for every sum that honest limits allow: |num| is at most (15 << 36) * weight."""
+    num = max(-(15 << 36) * weight, min(num, (15 << 36) * weight))
     other = 1 if rule == "mean_of_senders" else weight
     total = TensorSum(np.array([num, 0]), np.array([weight if rule == "mean_of_senders" else 1, 0]))
     divided = int(Fraction(num, weight))
@@ -141,8 +141,8 @@ def test_quotient_truncates_towards_zero_twice(num: int, weight: int, alpha_q16:
 
 
 def largest_sparse(negative: int) -> SparseTensor:
-    """One value at the top of the grid: 255 * 2^-5."""
-    scales, ratios = np.array([129 << 7 | 127], np.uint16), np.zeros(1, np.uint8)
+    """One value at the top of the grid: 15 * 2^-2."""
+    scales, ratios = np.array([255], np.uint8), np.zeros(1, np.uint8)
     return SparseTensor(1, scales, ratios, np.array([0]), np.array([negative], np.uint8))
 
 
@@ -154,12 +154,12 @@ def test_sums_do_not_overflow_at_the_limits(rule: str, negative: int) -> None:
     for contribution in contributions:
         add(total, contribution.tensors[0], contribution.weight, contribution.clip)
     sign = -1 if negative else 1
-    exact = sign * CONTRIBUTORS_MAX * WEIGHT_MAX * (255 << 33)
+    exact = sign * CONTRIBUTORS_MAX * WEIGHT_MAX * (15 << 36)
     assert abs(exact) < 2**63
     assert total.num.tolist() == [exact]
     assert total.den.tolist() == [CONTRIBUTORS_MAX * WEIGHT_MAX]
     (update,) = merge(contributions, Layout.of([("x", ())]), rule, ALPHA_MAX)
-    assert update_values(update).tolist() == [sign * 32.0]
+    assert update_values(update).tolist() == [sign * 15.0]
     with pytest.raises(AssertionError):
         merge([*contributions, contributions[0]], Layout.of([("x", ())]), rule, ALPHA_MAX)
 
@@ -167,12 +167,12 @@ def test_sums_do_not_overflow_at_the_limits(rule: str, negative: int) -> None:
 def test_the_two_rules_differ_where_not_everybody_sent() -> None:
     sender = Contribution([largest_sparse(0)], 1024, 65536)
     nothing = SparseTensor(
-        1, np.zeros(1, np.uint16), np.zeros(1, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.uint8)
+        1, np.zeros(1, np.uint8), np.zeros(1, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.uint8)
     )
     absent = Contribution([nothing], 3 * 1024, 65536)
     layout = Layout.of([("x", ())])
     steps = {rule: update_values(merge([sender, absent], layout, rule, 65536)[0]).tolist() for rule in RULES}
-    assert steps == {"mean": [2.0], "mean_of_senders": [8.0]}
+    assert steps == {"mean": [0.9375], "mean_of_senders": [3.75]}
 
 
 def test_a_clipped_packet_counts_fully_in_the_divisor() -> None:
@@ -182,7 +182,7 @@ def test_a_clipped_packet_counts_fully_in_the_divisor() -> None:
     for contribution in (half, whole):
         add(total, contribution.tensors[0], contribution.weight, contribution.clip)
     assert total.den.tolist() == [2048]
-    assert total.num.tolist() == [1024 * ((255 << 32) - (255 << 33))]
+    assert total.num.tolist() == [1024 * ((15 << 35) - (15 << 36))]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -9,32 +9,42 @@ from numpy.typing import NDArray
 from protocol.compress import compress, dequantize, error_feedback, to_float32
 from tests.protocol.codec_samples import gradient, plain_compress_chunk
 
-SHAPED = ("normal", "equal", "two values", "ties", "denormal", "zeros", "signed zeros", "huge", "any bits", "threshold")
+SHAPED = (
+    "normal",
+    "equal",
+    "nearly equal",
+    "two values",
+    "ties",
+    "denormal",
+    "zeros",
+    "signed zeros",
+    "huge",
+    "any bits",
+    "threshold",
+    "ceiling",
+)
 
 
 def shaped(kind: str, size: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """Data that leads into one corner of the rules each."""
     normal = rng.standard_normal(size).astype(np.float32)
-    if kind == "normal":
-        return normal * np.float32(1e-3)
-    if kind == "equal":
-        return np.where(rng.random(size) < 0.5, np.float32(-0.37), np.float32(0.37))
-    if kind == "two values":
-        return np.where(rng.random(size) < 0.9, np.float32(0.011), np.float32(-1.5))
-    if kind == "ties":
-        return rng.integers(-3, 4, size).astype(np.float32) * np.float32(2**-9)
-    if kind == "denormal":
-        return (rng.integers(0, 1 << 23, size, dtype=np.uint32) | np.uint32(rng.integers(2)) << 31).view(np.float32)
-    if kind == "zeros":
-        return np.zeros(size, np.float32)
-    if kind == "signed zeros":
-        return np.where(rng.random(size) < 0.001, normal, np.float32(-0.0))
-    if kind == "huge":
-        return normal * np.float32(1e30) ** np.float32(rng.random())
-    if kind == "any bits":
-        bits = rng.integers(0, 1 << 32, size, dtype=np.uint32)
-        return np.where(bits >> 23 & 255 == 255, bits & 0xBFFFFFFF, bits).astype(np.uint32).view(np.float32)
-    return np.float32(2.0**-30) * (1 + normal * np.float32(0.01))
+    chance = rng.random(size)
+    bits = rng.integers(0, 1 << 32, size, dtype=np.uint32)
+    values: dict[str, NDArray[np.float32]] = {
+        "normal": normal * np.float32(1e-3),
+        "equal": np.where(chance < 0.5, np.float32(-0.37), np.float32(0.37)),
+        "nearly equal": np.where(chance < 0.5, np.float32(1.05), np.float32(-1.07)),
+        "two values": np.where(chance < 0.9, np.float32(0.011), np.float32(-1.5)),
+        "ties": rng.integers(-3, 4, size).astype(np.float32) * np.float32(2**-9),
+        "denormal": (bits & np.uint32(0x807FFFFF)).view(np.float32),
+        "zeros": np.zeros(size, np.float32),
+        "signed zeros": np.where(chance < 0.001, normal, np.float32(-0.0)),
+        "huge": normal * np.float32(1e30) ** np.float32(chance[0]),
+        "any bits": np.where(bits >> 23 & 255 == 255, bits & np.uint32(0xBFFFFFFF), bits).view(np.float32),
+        "threshold": np.float32(2.0**-30) * (1 + normal * np.float32(0.1)),
+        "ceiling": np.float32(3.5) * (1 + normal * np.float32(0.1)),
+    }
+    return values[kind]
 
 
 @settings(deadline=None, max_examples=120)
@@ -61,7 +71,7 @@ def test_compress_equals_the_rules_in_plain_integers(kind: str, size: int, k: in
     assert sparse.indices.tolist() == indices
     assert sparse.codes.tolist() == codes
     assert dequantize(sparse).tolist() == grid
-    assert all(0 < abs(value) < 1 << 41 for value in grid)
+    assert all(0 < abs(value) < 1 << 40 for value in grid)
     sent = np.zeros(size, np.float64)
     sent[indices] = np.array(grid, np.float64) * 2.0**-38
     exact = (acc.astype(np.float64) - sent).astype(np.float32)
@@ -84,10 +94,33 @@ def test_a_value_equal_to_the_mean_is_low() -> None:
     assert sparse.codes.tolist() == [2, 2, 1]
 
 
-def test_a_value_just_below_two_to_minus_30_is_absent_and_stays_in_the_residual() -> None:
-    at, below = np.float32(2.0**-30), np.float32(2.0**-30 * (1 - 2.0**-8))
-    assert len(compress(np.array([at]), 1, 2)[0].indices) == 1
-    acc = np.array([np.nextafter(below, np.float32(0))])
+def test_a_second_pass_splits_half_way_between_the_means() -> None:
+    """The mean, 0.28, would have three high values; half-way between 0.54 and 0.125 leaves one."""
+    sparse, _ = compress(np.array([1, 0.3125, -0.3125, 0.125, 0.125, 0.125, 0.125, 0.125], np.float32), 4096, 2)
+    assert sparse.codes.tolist() == [0, 2, 3, 2, 2, 2, 2, 2]
+    assert (sparse.scales.tolist(), sparse.ratios.tolist()) == ([30 << 3], [53])
+
+
+def test_a_rounded_scale_moves_values_to_the_nearer_magnitude_only_while_both_are_taken() -> None:
+    # 1.07 rounds to 1.125 and 1.05 to 60/64 of that: both values are nearer to the low magnitude.
+    sparse, _ = compress(np.array([1.05, 1.07], np.float32), 4096, 2)
+    assert to_float32(dequantize(sparse)).tolist() == [1.125 * 60 / 64, 1.125]
+    sent = compress(gradient(40 * 4096, seed=2), 64, 2)[0]
+    present = np.flatnonzero(sent.scales)
+    magnitudes = np.abs(gradient(40 * 4096, seed=2)[sent.indices]).astype(np.float64).reshape(-1, 64)
+    levels = np.stack([(8 + (sent.scales & 7)) * 2.0 ** (sent.scales >> 3).astype(float) * 2.0**-33] * 2)[:, present]
+    levels[1] *= (64 - sent.ratios[present]) / 64
+    taken = sent.codes.reshape(-1, 64) >> 1
+    distance = np.abs(magnitudes - levels[:, :, None])
+    assert np.all(np.take_along_axis(distance, taken[None].astype(np.int64), axis=0)[0] <= distance.min(axis=0) * 1.001)
+    assert 0.2 < taken.mean() < 0.9
+
+
+def test_a_scale_of_two_to_minus_30_is_absent_and_its_values_stay_in_the_residual() -> None:
+    least = np.float32(2.0**-30 * 1.0625)  # rounds half up to 9/8 of 2^-30
+    sparse, _ = compress(np.array([least]), 1, 2)
+    assert (sparse.scales.tolist(), dequantize(sparse).tolist()) == ([1], [9 << 5])
+    acc = np.array([np.nextafter(least, np.float32(0))])
     sparse, residual = compress(acc, 1, 2)
     assert len(sparse.indices) == 0
     assert sparse.scales.tolist() == [0]
@@ -97,8 +130,13 @@ def test_a_value_just_below_two_to_minus_30_is_absent_and_stays_in_the_residual(
 def test_values_above_the_grid_saturate_and_the_rest_stays_in_the_residual() -> None:
     acc = np.array([1e38, -1e38], np.float32)
     sparse, residual = compress(acc, 4096, 2)
-    assert to_float32(dequantize(sparse)).tolist() == [7.96875, -7.96875]
-    assert np.array_equal(residual, acc - np.array([7.96875, -7.96875], np.float32))
+    assert to_float32(dequantize(sparse)).tolist() == [3.75, -3.75]
+    assert np.array_equal(residual, acc - np.array([3.75, -3.75], np.float32))
+
+
+@pytest.mark.parametrize(("value", "scale"), [(3.5, 254), (3.62, 254), (3.63, 255), (3.75, 255), (3.9, 255), (99, 255)])
+def test_the_highest_scales(value: float, scale: int) -> None:
+    assert compress(np.array([value], np.float32), 1, 1)[0].scales.tolist() == [scale]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -25,7 +25,7 @@ ENTRIES = (
     Entry(A, B, Verdict.ACCEPTED, 0, 5120, 20, 1024, 65536),
     Entry(B, A, Verdict.LATE, Code.LATE, 5120, 20, 0, 0),
     Entry(B, B, Verdict.ACCEPTED, 0, 10, 1, 1, 1),
-    Entry(C, A, Verdict.REFUSED, Code.BAD_SCALE, 0, 0, 0, 0),
+    Entry(C, A, Verdict.REFUSED, Code.BAD_RATIO, 0, 0, 0, 0),
 )
 GENESIS = genesis_record(RUN, KEY, 1_000)
 HEAD_BYTES, ENTRY_BYTES = 164, 85

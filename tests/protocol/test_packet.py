@@ -1,6 +1,8 @@
 import struct
+import tracemalloc
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,12 +10,13 @@ from hypothesis import strategies as st
 from protocol.errors import Code, ProtocolError
 from protocol.identity import digest, merkle_root
 from protocol.limits import TOKENS_MAX
-from protocol.packet import Packet, PacketHeader, check_packet, make_packet
-from tests.protocol.codec_samples import BASE, KEY, OTHER_KEY, make_run, refused, same, sparse_tensors
+from protocol.packet import Packet, PacketHeader, check_claims, check_packet, make_packet
+from protocol.packing import SparseTensor, encode_section
+from tests.protocol.codec_samples import BASE, KEY, OTHER_KEY, make_run, packet_sections, refused, same, sparse_tensors
 
 RUN = make_run()
 TENSORS = sparse_tensors(RUN, seed=1)
-PACKET = make_packet(RUN, KEY, 5, BASE, 40_960, 20, TENSORS)
+PACKET = make_packet(RUN, KEY, 5, BASE, 40_960, 20, packet_sections(RUN, TENSORS))
 HEADER = PACKET.header.to_bytes()
 
 
@@ -31,11 +34,11 @@ def with_sections(*sections: bytes) -> Packet:
 def test_a_packet_is_accepted_and_gives_back_its_tensors(k: int, code_bits: int, seed: int, tokens: int) -> None:
     run = make_run(k, code_bits)
     tensors = sparse_tensors(run, seed)
-    packet = make_packet(run, KEY, 3, BASE, tokens, 20, tensors)
+    packet = make_packet(run, KEY, 3, BASE, tokens, 20, packet_sections(run, tensors))
     received = Packet(PacketHeader.from_bytes(packet.header.to_bytes()), packet.sections)
     decoded = check_packet(received, run, round=3, base_root=BASE)
     assert all(same(left, right) for left, right in zip(decoded, tensors, strict=True))
-    again = make_packet(run, KEY, 3, BASE, tokens, 20, decoded)
+    again = make_packet(run, KEY, 3, BASE, tokens, 20, packet_sections(run, decoded))
     assert again == packet
     assert again.header.digest == packet.header.digest
 
@@ -84,29 +87,55 @@ def test_the_sample_that_the_refusals_start_from_is_accepted() -> None:
     assert len(check_packet(with_sections(*PACKET.sections), RUN, round=5, base_root=BASE)) == 5
 
 
-@pytest.mark.parametrize(
-    ("what", "packet", "code"),
-    [
-        ("another run", signed(replace(PACKET.header, run_id=bytes(32))), Code.OTHER_RUN),
-        ("the last round", signed(replace(PACKET.header, round=4)), Code.WRONG_ROUND),
-        ("another base", signed(replace(PACKET.header, base_root=bytes(32))), Code.WRONG_BASE),
-        ("small-order key", signed(replace(PACKET.header, peer=bytes(32))), Code.BAD_KEY),
-        ("stolen name", signed(replace(PACKET.header, peer=OTHER_KEY.public)), Code.BAD_SIGNATURE),
-        ("tokens raised", replace(PACKET, header=replace(PACKET.header, tokens=9**9)), Code.BAD_SIGNATURE),
-        ("no signature", replace(PACKET, header=replace(PACKET.header, signature=bytes(64))), Code.BAD_SIGNATURE),
-        ("a section too few", with_sections(*PACKET.sections[:-1]), Code.TRUNCATED),
-        ("a section too many", with_sections(*PACKET.sections, b""), Code.TRAILING),
-        ("a section too large", with_sections(*PACKET.sections[:-1], bytes(99_999)), Code.TOO_LARGE),
-        ("sections of another packet", signed(PACKET.header, (*PACKET.sections[:-1], b"x")), Code.BAD_MERKLE),
-        ("sections exchanged", signed(PACKET.header, PACKET.sections[::-1]), Code.TOO_LARGE),
-        ("an empty section", with_sections(b"", *PACKET.sections[1:]), Code.TRUNCATED),
-        ("a bad section", with_sections(*PACKET.sections[:-1], PACKET.sections[-1] + b"\0"), Code.TRAILING),
-        ("a bad scale", with_sections(b"\1\1" + PACKET.sections[0][2:], *PACKET.sections[1:]), Code.BAD_SCALE),
-    ],
-)
-def test_refused_packets(what: str, packet: Packet, code: Code) -> None:
+CLAIMS = [
+    ("another run", signed(replace(PACKET.header, run_id=bytes(32))), Code.OTHER_RUN),
+    ("the last round", signed(replace(PACKET.header, round=4)), Code.WRONG_ROUND),
+    ("another base", signed(replace(PACKET.header, base_root=bytes(32))), Code.WRONG_BASE),
+    ("small-order key", signed(replace(PACKET.header, peer=bytes(32))), Code.BAD_KEY),
+    ("stolen name", signed(replace(PACKET.header, peer=OTHER_KEY.public)), Code.BAD_SIGNATURE),
+    ("tokens raised", replace(PACKET, header=replace(PACKET.header, tokens=9**9)), Code.BAD_SIGNATURE),
+    ("no signature", replace(PACKET, header=replace(PACKET.header, signature=bytes(64))), Code.BAD_SIGNATURE),
+    ("a section too few", with_sections(*PACKET.sections[:-1]), Code.TRUNCATED),
+    ("a section too many", with_sections(*PACKET.sections, b""), Code.TRAILING),
+    ("a section too large", with_sections(*PACKET.sections[:-1], bytes(99_999)), Code.TOO_LARGE),
+    ("sections of another packet", signed(PACKET.header, (*PACKET.sections[:-1], b"x")), Code.BAD_MERKLE),
+    ("sections exchanged", signed(PACKET.header, PACKET.sections[::-1]), Code.TOO_LARGE),
+]
+CONTENTS = [
+    ("an empty section", with_sections(b"", *PACKET.sections[1:]), Code.TRUNCATED),
+    ("a last section cut", with_sections(*PACKET.sections[:-1], PACKET.sections[-1][:-1]), Code.BAD_BLOCKS),
+    ("two bad sections", with_sections(bytes([0] * 3 + [9] * 3), *PACKET.sections[1:-1], b""), Code.BAD_RATIO),
+]
+
+
+@pytest.mark.parametrize(("what", "packet", "code"), CLAIMS)
+def test_refused_claims(what: str, packet: Packet, code: Code) -> None:
+    with refused(code):
+        check_claims(packet, RUN, round=5, base_root=BASE)
     with refused(code):
         check_packet(packet, RUN, round=5, base_root=BASE)
+
+
+@pytest.mark.parametrize(("what", "packet", "code"), CONTENTS)
+def test_the_contents_of_sections_are_no_claims(what: str, packet: Packet, code: Code) -> None:
+    check_claims(packet, RUN, round=5, base_root=BASE)
+    with refused(code):
+        check_packet(packet, RUN, round=5, base_root=BASE)
+
+
+def test_nothing_is_decoded_before_everything_is_checked() -> None:
+    """The first section is decoded to 72 bits a value, but only when the last is known to be good."""
+    size = 1 << 22
+    run = make_run(4096, 1, [("a", (size,)), ("b", (1,))])
+    scales, ratios = np.full(size >> 12, 99, np.uint8), np.zeros(size >> 12, np.uint8)
+    big = SparseTensor(size, scales, ratios, np.arange(size), np.zeros(size, np.uint8))
+    packet = make_packet(run, KEY, 3, BASE, 1, 1, [encode_section(big, 4096, 1), b""])
+    tracemalloc.start()
+    with refused(Code.TRUNCATED):
+        check_packet(packet, run, round=3, base_root=BASE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 24
 
 
 def test_every_bit_of_the_header_is_protected() -> None:
