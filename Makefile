@@ -31,7 +31,7 @@ help:
 venv: $(DEV)
 
 # A shim may exist and still refuse to run, and Debian ships python3 without ensurepip: so each candidate is tried.
-$(DEV): pyproject.toml
+$(DEV): pyproject.toml setup.py peer/core/kernels/kernels.cpp
 	@if ! $(PY) -c '' 2>/dev/null; then \
 	  found=; \
 	  for candidate in python3 python3.13 python3.12 python3.11; do \

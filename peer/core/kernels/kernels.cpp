@@ -1,0 +1,1435 @@
+// The fast paths of the codec on the CPU: compress, encode, check, merge and outer step (protocol/SPEC.md 4, 5 and 7).
+//
+// A plain C ABI, called through ctypes by native.py, which also allocates everything that leaves this file. Every result
+// is bit-equal to the numpy reference in protocol/, for any instruction set and any number of threads. Build with
+// -ffp-contract=off: a fused multiply-add has one rounding where the specification has two.
+//
+// How one file serves every x86-64: the algorithms are inline templates over a `Simd` class, and one small function per
+// instruction set, marked with __attribute__((target)), pulls them in; the compiler vectorizes the plain loops for that
+// set. Only where it cannot does a Simd class use intrinsics. At run time `Isa` picks one of these functions.
+//
+// Foreign bytes are read by the functions under "Checking". Whatever walks over a section later does so only after the
+// whole section has passed, and so needs no bounds of its own.
+
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "sections are read and written in place, and are little-endian");
+
+#define SL_EXPORT extern "C" __attribute__((visibility("default")))
+#define SL_INLINE [[gnu::always_inline]] inline
+
+namespace {
+
+using u8 = std::uint8_t;
+using i8 = std::int8_t;
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+using i32 = std::int32_t;
+using i64 = std::int64_t;
+
+constexpr int CHUNK = 4096;
+constexpr int BLOCK_CHUNKS = 1024;
+constexpr int RATIO_STEPS = 64;
+constexpr int EXPONENT_MAX = 35;
+constexpr int GRID_BITS = 38;
+constexpr int LANES = 16;  // buffers are padded to this many values, the widest vector there is
+
+// What the functions of the C ABI return: 0, a protocol code (protocol/errors.py), or one of our own below 0.
+enum Status : int {
+    OK = 0,
+    NOT_FINITE = -1,
+    NO_MEMORY = -2,
+    MISUSE = -3,
+    TRUNCATED = 302,
+    TOO_LARGE = 307,
+    BAD_RATIO = 311,
+    BAD_BLOCKS = 312,
+    BAD_INDEX = 313,
+    BAD_CODE = 314,
+    BAD_PADDING = 315,
+    BAD_COUNT = 401,
+    BAD_EXPONENT = 402,
+    BAD_VALUE = 403,
+};
+
+template <class T>
+SL_INLINE T load(const void* from) {
+    T value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+template <class T>
+SL_INLINE void store(void* to, T value) {
+    std::memcpy(to, &value, sizeof value);
+}
+
+SL_INLINE int bit_length(u64 value) { return value == 0 ? 0 : 64 - __builtin_clzll(value); }
+
+SL_INLINE u32 magnitude_bits(float value) { return load<u32>(&value) & 0x7fffffffu; }
+
+// Callers may have switched off denormals or changed the rounding; the specification wants neither.
+class DefaultArithmetic {
+   public:
+    DefaultArithmetic() {
+        std::fegetenv(&saved_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultArithmetic() { std::fesetenv(&saved_); }
+    DefaultArithmetic(const DefaultArithmetic&) = delete;
+    DefaultArithmetic& operator=(const DefaultArithmetic&) = delete;
+
+   private:
+    std::fenv_t saved_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layout of a tensor and its sections (SPEC 3, 5, 7)
+
+struct Tensor {
+    i64 size;
+
+    i64 chunks() const { return (size + CHUNK - 1) / CHUNK; }
+    i64 blocks() const { return (chunks() + BLOCK_CHUNKS - 1) / BLOCK_CHUNKS; }
+    int length(i64 chunk) const { return static_cast<int>(std::min<i64>(CHUNK, size - chunk * CHUNK)); }
+};
+
+struct PacketForm {
+    Tensor tensor;
+    int k;
+    int code_bits;
+
+    int kept_of(i64 length) const { return static_cast<int>(std::min<i64>(length, (k * length + CHUNK - 1) / CHUNK)); }
+    int kept(i64 chunk) const { return kept_of(tensor.length(chunk)); }
+    i64 kept_in_all() const { return (tensor.chunks() - 1) * kept(0) + kept(tensor.chunks() - 1); }
+    i64 fixed_bytes() const { return tensor.chunks() * code_bits + 4 * (tensor.blocks() - 1); }
+    static i64 gap_bytes_max(i64 count, i64 length) { return count + (length - count) / 255; }
+    i64 code_bytes(i64 count) const { return (count * code_bits + 7) / 8; }
+    i64 section_bytes_max() const {
+        const i64 last = tensor.chunks() - 1;
+        const i64 gaps = last * gap_bytes_max(kept(0), CHUNK) + gap_bytes_max(kept(last), tensor.length(last));
+        return fixed_bytes() + (last == 0 ? gap_bytes_max(kept(0), tensor.length(0)) : gaps) + code_bytes(kept_in_all());
+    }
+};
+
+// The parts of a packet's section.
+struct PacketSection {
+    const u8* scales;
+    const u8* ratios;  // none when code_bits is 1
+    const u8* blocks;  // u32[tensor.blocks() - 1]
+    const u8* gaps;
+    const u8* codes;
+    const u8* end;
+    i64 values;
+
+    i64 gap_bytes() const { return codes - gaps; }
+    int ratio(i64 chunk) const { return ratios == nullptr ? 0 : ratios[chunk]; }
+};
+
+// The parts of an update's section.
+struct UpdateSection {
+    const u8* counts;  // u16[chunks]
+    const u8* exponents;
+    const u8* blocks;
+    const u8* gaps;
+    const u8* values;
+    i64 value_count;
+
+    int count(i64 chunk) const { return load<u16>(counts + 2 * chunk); }
+    i64 gap_bytes() const { return values - gaps; }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checking: foreign bytes, in the order of the rules of SPEC 5 and 7, with nothing allocated
+
+// How many of eight bytes are 255.
+SL_INLINE int count_255(u64 bytes) {
+    constexpr u64 LOW7 = 0x7f7f7f7f7f7f7f7f;
+    const u64 zero = ~bytes;  // a byte is 0 here where it was 255
+    const u64 marks = ~(((zero & LOW7) + LOW7) | zero) & ~LOW7;
+    return static_cast<int>(((marks >> 7) * 0x0101010101010101) >> 56);
+}
+
+SL_INLINE int sum_of_bytes(u64 bytes) {
+    constexpr u64 EVEN = 0x00ff00ff00ff00ff;
+    return static_cast<int>((((bytes & EVEN) + ((bytes >> 8) & EVEN)) * 0x0001000100010001) >> 48);
+}
+
+// Walk over `count` gaps. Return where they end, or null when the bytes end before them; `reached` is one more than the
+// last index. While eight gaps are still to come, eight bytes cannot go beyond the last one.
+SL_INLINE const u8* walk_gaps(const u8* at, const u8* end, int count, i64& reached) {
+    reached = 0;
+    while (count >= 8 && end - at >= 8) {
+        const u64 bytes = load<u64>(at);
+        const int ends = 8 - count_255(bytes);
+        reached += sum_of_bytes(bytes) + ends;
+        count -= ends;
+        at += 8;
+    }
+    while (count > 0) {
+        if (at == end) return nullptr;
+        const int byte = *at++;
+        const int ends = byte != 255;
+        reached += byte + ends;
+        count -= ends;
+    }
+    return at;
+}
+
+// Check BAD_BLOCKS and BAD_INDEX; the former, wherever it is, comes before the latter.
+template <class Count>
+int check_gaps(Tensor tensor, const u8* blocks, const u8* gaps, i64 gap_bytes, Count count_of) {
+    const u8* at = gaps;
+    const u8* const stop = gaps + gap_bytes;
+    bool inside = true;
+    for (i64 block = 0; block < tensor.blocks(); ++block) {
+        const bool is_last = block + 1 == tensor.blocks();
+        const i64 length = is_last ? stop - at : static_cast<i64>(load<u32>(blocks + 4 * block));
+        if (length > stop - at) return BAD_BLOCKS;
+        const u8* const end = at + length;
+        const i64 chunk_stop = std::min<i64>(tensor.chunks(), (block + 1) * BLOCK_CHUNKS);
+        for (i64 chunk = block * BLOCK_CHUNKS; chunk < chunk_stop; ++chunk) {
+            i64 reached;
+            at = walk_gaps(at, end, count_of(chunk), reached);
+            if (at == nullptr) return BAD_BLOCKS;
+            inside &= reached <= tensor.length(chunk);
+        }
+        if (at != end) return BAD_BLOCKS;
+    }
+    return inside ? OK : BAD_INDEX;
+}
+
+// At least 57 bits of a plane from this bit on; zeros where the plane ends.
+SL_INLINE u64 bits_at(const u8* plane, const u8* end, i64 bit) {
+    const u8* const at = plane + bit / 8;
+    u64 word = 0;
+    if (end - at >= 8) {
+        word = load<u64>(at);
+    } else {
+        std::memcpy(&word, at, static_cast<std::size_t>(end - at));
+    }
+    return word >> (bit % 8);
+}
+
+i64 count_values(const PacketForm& form, const u8* scales) {
+    const i64 last = form.tensor.chunks() - 1;
+    i64 present = 0;
+    for (i64 chunk = 0; chunk < last; ++chunk) present += scales[chunk] != 0;
+    return present * form.kept(0) + (scales[last] != 0 ? form.kept(last) : 0);
+}
+
+int split_packet_section(const u8* data, i64 length, const PacketForm& form, PacketSection& section) {
+    const i64 chunks = form.tensor.chunks();
+    if (length > form.section_bytes_max()) return TOO_LARGE;
+    if (length < form.fixed_bytes()) return TRUNCATED;
+    section.scales = data;
+    section.ratios = form.code_bits == 2 ? data + chunks : nullptr;
+    section.blocks = data + chunks * form.code_bits;
+    section.gaps = data + form.fixed_bytes();
+    section.end = data + length;
+    section.values = count_values(form, data);
+    const i64 code_bytes = form.code_bytes(section.values);
+    if (length - form.fixed_bytes() < code_bytes) return TRUNCATED;
+    section.codes = section.end - code_bytes;
+    return OK;
+}
+
+bool ratios_are_good(const PacketForm& form, const PacketSection& section) {
+    bool good = true;
+    for (i64 chunk = 0; chunk < form.tensor.chunks(); ++chunk) {
+        const int ratio = section.ratios[chunk];
+        good &= ratio < RATIO_STEPS && (ratio == 0 || section.scales[chunk] != 0);
+    }
+    return good;
+}
+
+// A chunk has low values if and only if it has a ratio, and then high ones too.
+int check_lows(const PacketForm& form, const PacketSection& section) {
+    constexpr int STEP = 28;  // codes that one call of bits_at surely holds
+    constexpr u64 EVEN = 0x5555555555555555;
+    bool complete = true;
+    i64 bit = 0;
+    for (i64 chunk = 0; chunk < form.tensor.chunks(); ++chunk) {
+        if (section.scales[chunk] == 0) continue;
+        u64 low = 0;
+        u64 high = 0;
+        for (int left = form.kept(chunk); left > 0; left -= STEP) {
+            const int count = std::min(left, STEP);
+            const u64 wanted = EVEN & ((u64{1} << (2 * count)) - 1);
+            const u64 second = bits_at(section.codes, section.end, bit) >> 1;
+            low |= second & wanted;
+            high |= ~second & wanted;
+            bit += 2 * count;
+        }
+        if (section.ratios[chunk] == 0 && low != 0) return BAD_CODE;
+        complete &= section.ratios[chunk] == 0 || (low != 0 && high != 0);
+    }
+    return complete ? OK : BAD_RATIO;
+}
+
+int check_packet_section(const u8* data, i64 length, const PacketForm& form, PacketSection& section) {
+    if (const int code = split_packet_section(data, length, form, section)) return code;
+    if (form.code_bits == 2 && !ratios_are_good(form, section)) return BAD_RATIO;
+    const auto count_of = [&](i64 chunk) { return section.scales[chunk] == 0 ? 0 : form.kept(chunk); };
+    if (const int code = check_gaps(form.tensor, section.blocks, section.gaps, section.gap_bytes(), count_of)) return code;
+    const int used_bits = static_cast<int>(section.values * form.code_bits % 8);
+    if (used_bits != 0 && section.end[-1] >> used_bits != 0) return BAD_PADDING;
+    return form.code_bits == 2 ? check_lows(form, section) : OK;
+}
+
+int split_update_section(const u8* data, i64 length, Tensor tensor, UpdateSection& section) {
+    const i64 chunks = tensor.chunks();
+    const i64 fixed_bytes = 3 * chunks + 4 * (tensor.blocks() - 1);
+    if (length > fixed_bytes + 2 * tensor.size) return TOO_LARGE;
+    if (length < fixed_bytes) return TRUNCATED;
+    section.counts = data;
+    section.exponents = data + 2 * chunks;
+    section.blocks = data + 3 * chunks;
+    section.gaps = data + fixed_bytes;
+    section.value_count = 0;
+    bool good = true;
+    for (i64 chunk = 0; chunk < chunks; ++chunk) {
+        good &= section.count(chunk) <= tensor.length(chunk);
+        section.value_count += section.count(chunk);
+    }
+    if (!good) return BAD_COUNT;
+    if (length - fixed_bytes < section.value_count) return TRUNCATED;
+    section.values = data + length - section.value_count;
+    return OK;
+}
+
+// No value is 0 or -128, and an exponent that is not 0 is no larger than its chunk needs.
+int check_values(Tensor tensor, const UpdateSection& section) {
+    const i8* at = reinterpret_cast<const i8*>(section.values);
+    bool fine = true;
+    for (i64 chunk = 0; chunk < tensor.chunks(); ++chunk) {
+        const int count = section.count(chunk);
+        u8 bad = 0;
+        u8 large = 0;
+        for (int i = 0; i < count; ++i) {
+            const i8 value = at[i];
+            bad |= static_cast<u8>((value == 0) | (value == -128));
+            large |= static_cast<u8>((value > 63) | (value < -63));
+        }
+        if (bad != 0) return BAD_VALUE;
+        fine &= section.exponents[chunk] == 0 || large != 0;
+        at += count;
+    }
+    return fine ? OK : BAD_EXPONENT;
+}
+
+int check_whole_update_section(const u8* data, i64 length, Tensor tensor, UpdateSection& section) {
+    if (const int code = split_update_section(data, length, tensor, section)) return code;
+    bool good = true;
+    for (i64 chunk = 0; chunk < tensor.chunks(); ++chunk) {
+        const int exponent = section.exponents[chunk];
+        good &= exponent <= EXPONENT_MAX && (exponent == 0 || section.count(chunk) != 0);
+    }
+    if (!good) return BAD_EXPONENT;
+    const auto count_of = [&](i64 chunk) { return section.count(chunk); };
+    if (const int code = check_gaps(tensor, section.blocks, section.gaps, section.gap_bytes(), count_of)) return code;
+    return check_values(tensor, section);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Writing
+
+// Collects bits, least significant first, and writes whole words, so never beyond what was pushed.
+class BitWriter {
+   public:
+    explicit BitWriter(u8* to) : at_(to) {}
+
+    // n is 1 to 64, and the bits above the n-th are zero.
+    SL_INLINE void push(u64 bits, int n) {
+        pending_ |= bits << filled_;
+        if (filled_ + n < 64) {
+            filled_ += n;
+            return;
+        }
+        store(at_, pending_);
+        at_ += 8;
+        pending_ = filled_ == 0 ? 0 : bits >> (64 - filled_);
+        filled_ += n - 64;
+    }
+
+    // Write the rest, padded with zeros to a byte; return the end.
+    u8* finish() {
+        const int bytes = (filled_ + 7) / 8;
+        std::memcpy(at_, &pending_, static_cast<std::size_t>(bytes));
+        return at_ + bytes;
+    }
+
+   private:
+    u8* at_;
+    u64 pending_ = 0;
+    int filled_ = 0;
+};
+
+// Write the gaps of ascending indices; return where they end. Long gaps are rare, so the common loop has no branch.
+template <class Index>
+SL_INLINE u8* write_gaps(const Index* indices, int count, u8* to) {
+    if (count == 0) return to;
+    int longest = indices[0];
+    to[0] = static_cast<u8>(indices[0]);
+    for (int i = 1; i < count; ++i) {
+        const int gap = indices[i] - indices[i - 1] - 1;
+        longest = std::max(longest, gap);
+        to[i] = static_cast<u8>(gap);
+    }
+    if (longest < 255) return to + count;
+    int previous = -1;
+    for (int i = 0; i < count; ++i) {
+        int gap = indices[i] - previous - 1;
+        previous = indices[i];
+        for (; gap >= 255; gap -= 255) *to++ = 255;
+        *to++ = static_cast<u8>(gap);
+    }
+    return to;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Compressing one chunk (SPEC 4)
+
+struct CompressScratch {
+    alignas(64) u32 maxima[CHUNK];
+    alignas(64) u32 magnitudes[CHUNK + LANES];
+    alignas(64) u32 fixed[CHUNK + LANES];
+    alignas(64) u16 indices[CHUNK + 2 * LANES];
+    alignas(64) float short_chunk[3][CHUNK];  // the last chunk of a tensor, filled up with zeros
+};
+
+struct ChunkInput {
+    float* residual;  // becomes acc, then the new residual
+    const float* outer;
+    const float* local;
+    const float* next[3];  // the same three of the chunk to come, which is fetched from memory meanwhile
+    float beta;
+    int count;  // values to keep
+    int code_bits;
+    i64 start;  // position of the chunk in the tensor
+};
+
+// Where the parts of a chunk go; moves on as they are written.
+struct ChunkOutput {
+    u8* gaps;
+    BitWriter codes;
+    i64* positions;
+    float* originals;
+    u8 scale;
+    u8 ratio;
+};
+
+struct Threshold {
+    u32 bits;
+    int count;  // how many values are at least that large
+};
+
+// The largest threshold that at least k of the values reach, found bit by bit; any that at most k + slack reach will do.
+// All values lie between `least` and `most`; those above the n-th are 0 and not counted.
+SL_INLINE Threshold find_threshold(const u32* values, int n, int k, u32 least, u32 most, int slack) {
+    const int padded = (n + LANES - 1) / LANES * LANES;
+    const int first = bit_length(least ^ most) - 1;
+    Threshold found{first < 0 ? least : least >> first >> 1 << 1 << first, n};
+    for (int bit = first; bit >= 0 && found.count > k + slack; --bit) {
+        const i32 candidate = static_cast<i32>(found.bits | (1u << bit));
+        int count = 0;
+        // Magnitudes have 31 bits, and signed comparison is the one that every vector unit has.
+        for (int i = 0; i < padded; ++i) count += static_cast<i32>(values[i]) >= candidate;
+        if (count >= k) found = {static_cast<u32>(candidate), count};
+    }
+    return found;
+}
+
+// Each maximum covers this many values. There must be at least as many maxima as values to keep, and twice as many keep
+// the number of candidates low.
+SL_INLINE int rows_of_block(int count) { return count <= 128 ? 16 : count <= 256 ? 8 : count <= 512 ? 4 : 1; }
+
+// Narrow n candidates down to the `count` largest, the lower index first where magnitudes are equal.
+SL_INLINE void keep_largest(CompressScratch& scratch, int n, int count, u32 least, u32 most) {
+    u32* const magnitudes = scratch.magnitudes;
+    u16* const indices = scratch.indices;
+    for (int i = 0; i < LANES; ++i) magnitudes[n + i] = 0;
+    const Threshold cut = find_threshold(magnitudes, n, count, least, most, 0);
+    u32 above = cut.bits - 1;
+    int ties = 0;
+    if (cut.count > count) {  // then the bit search went to its end, and cut.bits is the count-th largest magnitude
+        above = cut.bits;
+        ties = count;
+        for (int i = 0; i < n; ++i) ties -= magnitudes[i] > above;
+    }
+    int kept = 0;
+    for (int i = 0; i < n; ++i) {
+        const u32 magnitude = magnitudes[i];
+        const bool is_tie = magnitude == above && ties > 0;
+        indices[kept] = indices[i];
+        magnitudes[kept] = magnitude;
+        ties -= is_tie;
+        kept += magnitude > above || is_tie;
+    }
+}
+
+struct Share {
+    i64 count;
+    u64 sum;
+};
+
+// Number and sum of those above a limit. Halves are summed in 32 bits, which suffice for 4096 values below 2^30.
+SL_INLINE Share above(const u32* fixed, int padded, u32 limit) {
+    u32 count = 0;
+    u32 low = 0;
+    u32 high = 0;
+    for (int i = 0; i < padded; ++i) {
+        const u32 value = static_cast<i32>(fixed[i]) > static_cast<i32>(limit) ? fixed[i] : 0;
+        count += value != 0;
+        low += value & 0xffff;
+        high += value >> 16;
+    }
+    return {count, low + (u64{high} << 16)};
+}
+
+// A chunk's two magnitudes, and which values take which: a value is low when it is at most `limit` and there is a ratio.
+struct Quantizer {
+    int scale;  // 0: the chunk is absent
+    int ratio;
+    u32 limit;
+};
+
+struct Split {
+    u32 limit;
+    bool has_low;
+    u64 high;
+    u64 low;
+};
+
+// Split at a limit into high and low values and take the mean of each. Where none is above, all are high.
+SL_INLINE Split split_at(const u32* fixed, int padded, int n, u64 total, u64 limit) {
+    const Share share = above(fixed, padded, static_cast<u32>(limit));
+    if (share.count == 0 || share.count == n) {
+        const u64 mean = total / static_cast<u64>(n);
+        return {0, false, mean, mean};
+    }
+    const u64 high = share.sum / static_cast<u64>(share.count);
+    return {static_cast<u32>(limit), true, high, (total - share.sum) / static_cast<u64>(n - share.count)};
+}
+
+// Steps 3 to 7 of SPEC 4 for n kept magnitudes, of which the largest is at least 2^-31. Then one unit of `fixed` is
+// 2^(exponent - 156) and the largest is 2^29 or more, so no mean is 0. Of integers, x * n > S where x > floor(S / n).
+SL_INLINE Quantizer quantize(const u32* magnitudes, int n, u32 most, int code_bits, u32* fixed) {
+    const int exponent = std::max(1, static_cast<int>(most >> 23));
+    for (int i = 0; i < n; ++i) {
+        const int field = static_cast<int>(magnitudes[i] >> 23);
+        const u32 mantissa = (magnitudes[i] & 0x7fffff) | (field > 0 ? 0x800000u : 0u);
+        fixed[i] = (mantissa << 6) >> std::min(exponent - std::max(field, 1), 31);
+    }
+    for (int i = n; i % LANES != 0; ++i) fixed[i] = 0;
+    const int padded = (n + LANES - 1) / LANES * LANES;
+    const u64 total = above(fixed, padded, 0).sum;
+    Split split{0, false, total / static_cast<u64>(n), 0};
+    if (code_bits == 2) {
+        split = split_at(fixed, padded, n, total, split.high);
+        split = split_at(fixed, padded, n, total, (split.high + split.low) / 2);
+    }
+    int shift = std::max(0, bit_length(split.high) - 4);
+    u64 digits = (split.high + ((u64{1} << shift) >> 1)) >> shift;
+    if (digits == 16) {
+        digits = 8;
+        ++shift;
+    }
+    const u64 high = digits << shift;
+    const int scale = (exponent + shift - 123) * 8 + static_cast<int>(digits) - 8;
+    if (scale <= 0) return {0, 0, 0};
+    Quantizer quantizer{std::min(scale, 255), 0, split.limit};
+    if (!split.has_low) return quantizer;
+    const i64 ratio = RATIO_STEPS - static_cast<i64>((128 * split.low + high) / (2 * high));
+    quantizer.ratio = static_cast<int>(std::clamp<i64>(ratio, 0, RATIO_STEPS - 1));
+    const u64 low = (high * static_cast<u64>(RATIO_STEPS - quantizer.ratio)) >> 6;
+    const u32 nearest = static_cast<u32>((high + low) / 2);
+    const i64 highs = above(fixed, padded, nearest).count;
+    if (highs > 0 && highs < n) quantizer.limit = nearest;
+    return quantizer;
+}
+
+// The four values that codes can mean, in units of 2^-38 and without sign: high, high, low, low.
+SL_INLINE u64 high_of(int scale) { return static_cast<u64>(8 + (scale & 7)) << ((scale >> 3) + 5); }
+SL_INLINE u64 low_of(u64 high, int ratio) { return (high * static_cast<u64>(RATIO_STEPS - ratio)) >> 6; }
+
+// Write gaps, codes, positions and originals of a chunk's kept values, and take what is sent out of the residual.
+SL_INLINE void send(const ChunkInput& in, const CompressScratch& scratch, const Quantizer& quantizer, ChunkOutput& out) {
+    constexpr float UNIT = 1.0f / (u64{1} << GRID_BITS);
+    const u64 high = high_of(quantizer.scale);
+    const float high_value = static_cast<float>(high) * UNIT;
+    const float low_value = static_cast<float>(low_of(high, quantizer.ratio)) * UNIT;
+    const float values[4] = {high_value, -high_value, low_value, -low_value};
+    const int codes_per_word = 64 / in.code_bits;
+    out.gaps = write_gaps(scratch.indices, in.count, out.gaps);
+    for (int first = 0; first < in.count; first += codes_per_word) {
+        const int stop = std::min(in.count, first + codes_per_word);
+        u64 word = 0;
+        for (int i = first; i < stop; ++i) {
+            const int index = scratch.indices[i];
+            const float original = in.residual[index];
+            const u32 sign = load<u32>(&original) >> 31;
+            const u32 is_low = quantizer.ratio != 0 && scratch.fixed[i] <= quantizer.limit;
+            const u32 code = sign | is_low << 1;
+            word |= u64{code} << ((i - first) * in.code_bits);
+            in.residual[index] = original - values[code];
+            out.positions[i] = in.start + index;
+            out.originals[i] = original;
+        }
+        out.codes.push(word, (stop - first) * in.code_bits);
+    }
+    out.positions += in.count;
+    out.originals += in.count;
+}
+
+template <class Simd>
+SL_INLINE int compress_chunk(const ChunkInput& in, CompressScratch& scratch, ChunkOutput& out) {
+    constexpr u32 INFINITE = 0x7f800000;  // NaN has larger bits still
+    constexpr u32 ABSENT = 0x30000000;    // 2^-31: below it no scale rounds to more than 2^-30
+    const int rows = rows_of_block(in.count);
+    const u32 most = Simd::feedback(in, rows, scratch.maxima);
+    out.scale = out.ratio = 0;
+    if (most >= INFINITE) return NOT_FINITE;
+    if (most < ABSENT) return OK;
+    const int maxima = CHUNK / rows;
+    const u32 least = *std::min_element(scratch.maxima, scratch.maxima + maxima);
+    const Threshold threshold = find_threshold(scratch.maxima, maxima, in.count, least, most, in.count / 16);
+    const int n = Simd::candidates(in, threshold.bits, scratch.indices);
+    for (int i = 0; i < n; ++i) scratch.magnitudes[i] = magnitude_bits(in.residual[scratch.indices[i]]);
+    if (n > in.count) keep_largest(scratch, n, in.count, threshold.bits, most);
+    const Quantizer quantizer = quantize(scratch.magnitudes, in.count, most, in.code_bits, scratch.fixed);
+    out.scale = static_cast<u8>(quantizer.scale);
+    out.ratio = static_cast<u8>(quantizer.ratio);
+    if (quantizer.scale > 0) send(in, scratch, quantizer, out);
+    return OK;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Merging one chunk (SPEC 7)
+
+struct Slot {
+    i64 num;
+    i64 den;
+};
+
+struct MergeScratch {
+    // One of the two is in use at a time, and all zero in between. The packed sums hold num in the high and den in the
+    // low bits of one integer, which nearly always suffices, and then all sums of a chunk stay in the first-level cache.
+    alignas(64) i64 packed[CHUNK];
+    alignas(64) Slot wide[CHUNK];
+    alignas(64) i64 num[CHUNK + LANES];
+    alignas(64) i64 den[CHUNK + LANES];
+    alignas(64) u16 indices[CHUNK + 2 * LANES];
+    alignas(64) i8 values[CHUNK + 4 * LANES];
+};
+
+// One accepted packet, and how far its section has been read.
+struct Source {
+    PacketSection section;
+    i64 weight;
+    i64 clip;
+    const u8* gaps;
+    i64 bit;   // of the next code
+    i64 high;  // this chunk's values, clipped and times the weight
+    i64 low;
+};
+
+struct MergePlan {
+    PacketForm form;
+    bool by_senders;
+    i64 total_weight;
+    i64 alpha_q16;
+};
+
+struct MergeOutput {
+    int count;
+    int exponent;
+    u8* gaps;
+    u8* values;
+};
+
+// How the sums of a chunk fit into one integer each: (num >> zeros) << den_bits, plus den.
+struct Packing {
+    bool fits;
+    int zeros;
+    int den_bits;
+};
+
+// Look up what each packet adds in this chunk.
+SL_INLINE Packing prepare(Source* sources, int count, i64 chunk) {
+    u64 all_bits = 0;
+    u64 most = 0;
+    u64 weights = 0;
+    for (int r = 0; r < count; ++r) {
+        Source& source = sources[r];
+        const int scale = source.section.scales[chunk];
+        if (scale == 0) continue;
+        const u64 high = high_of(scale);
+        const u64 low = low_of(high, source.section.ratio(chunk));
+        source.high = static_cast<i64>((high * static_cast<u64>(source.clip)) >> 16) * source.weight;
+        source.low = static_cast<i64>((low * static_cast<u64>(source.clip)) >> 16) * source.weight;
+        all_bits |= static_cast<u64>(source.high | source.low);
+        most += static_cast<u64>(source.high);
+        weights += static_cast<u64>(source.weight);
+    }
+    const int zeros = all_bits == 0 ? 0 : __builtin_ctzll(all_bits);
+    const int den_bits = bit_length(weights);
+    return {bit_length(most >> zeros) + den_bits <= 62, zeros, den_bits};
+}
+
+SL_INLINE void add_to(i64& sum, i64 addend) { sum += addend; }
+SL_INLINE void add_to(Slot& sum, const Slot& addend) {
+    sum.num += addend.num;
+    sum.den += addend.den;
+}
+
+// Add one packet's values of a chunk; table holds what each code adds. The section has passed all checks.
+template <class Sum>
+SL_INLINE void accumulate(Source& source, int count, int code_bits, const Sum (&table)[4], Sum* sums) {
+    const u64 mask = code_bits == 2 ? 3 : 1;
+    const u8* at = source.gaps;
+    int index = -1;
+    while (count > 0) {
+        const int usable = static_cast<int>((64 - source.bit % 8) / code_bits);
+        const int batch = std::min(count, usable);
+        u64 word = bits_at(source.section.codes, source.section.end, source.bit);
+        for (int i = 0; i < batch; ++i) {
+            int byte = *at++;
+            while (__builtin_expect(byte == 255, 0)) {
+                index += 255;
+                byte = *at++;
+            }
+            index += byte + 1;
+            add_to(sums[index], table[word & mask]);
+            word >>= code_bits;
+        }
+        source.bit += batch * code_bits;
+        count -= batch;
+    }
+    source.gaps = at;
+}
+
+SL_INLINE void add_packed(Source* sources, int count, i64 chunk, const MergePlan& plan, Packing packing, i64* sums) {
+    const int kept = plan.form.kept(chunk);
+    for (int r = 0; r < count; ++r) {
+        Source& source = sources[r];
+        if (source.section.scales[chunk] == 0) continue;
+        const i64 unit = i64{1} << packing.den_bits;
+        const i64 high = (source.high >> packing.zeros) * unit;
+        const i64 low = (source.low >> packing.zeros) * unit;
+        const i64 weight = source.weight;
+        const i64 table[4] = {weight + high, weight - high, weight + low, weight - low};
+        accumulate(source, kept, plan.form.code_bits, table, sums);
+    }
+}
+
+SL_INLINE void add_wide(Source* sources, int count, i64 chunk, const MergePlan& plan, Slot* sums) {
+    const int kept = plan.form.kept(chunk);
+    for (int r = 0; r < count; ++r) {
+        Source& source = sources[r];
+        if (source.section.scales[chunk] == 0) continue;
+        const i64 weight = source.weight;
+        const Slot table[4] = {{source.high, weight}, {-source.high, weight}, {source.low, weight}, {-source.low, weight}};
+        accumulate(source, kept, plan.form.code_bits, table, sums);
+    }
+}
+
+// Take out the sums that are not zero, with their indices, and leave zeros.
+SL_INLINE int collect_wide(MergeScratch& scratch, int length) {
+    int n = 0;
+    for (int i = 0; i < length; ++i) {
+        scratch.num[n] = scratch.wide[i].num;
+        scratch.den[n] = scratch.wide[i].den;
+        scratch.indices[n] = static_cast<u16>(i);
+        n += scratch.wide[i].den != 0;
+        scratch.wide[i] = Slot{0, 0};
+    }
+    return n;
+}
+
+SL_INLINE void unpack(MergeScratch& scratch, int n, Packing packing) {
+    const i64 den_mask = (i64{1} << packing.den_bits) - 1;
+    const i64 scale = i64{1} << packing.zeros;
+    for (int i = 0; i < n; ++i) {
+        const i64 sum = scratch.num[i];
+        scratch.den[i] = sum & den_mask;
+        scratch.num[i] = (sum >> packing.den_bits) * scale;
+    }
+}
+
+// Divide, multiply by alpha, and return the bits of all magnitudes' maximum; num becomes a of SPEC 7.
+//
+// The integer division is a floating one and a correction. With n = |num| < 2^63, 1 <= d < 2^23 and n / d < 2^40 (a
+// weighted mean of values below 2^40), converting n and dividing each have a relative error of at most 2^-53, so the
+// estimate is off by less than 2^40 * 2^-51 = 2^-11 before it is truncated: t is floor(n / d) or one beside it, and
+// n - t * d, which is below 2^63 in magnitude, tells which.
+SL_INLINE i64 divide(i64* num, const i64* den, int n, bool by_senders, i64 total_weight, i64 alpha_q16) {
+    i64 most = 0;
+    for (int i = 0; i < n; ++i) {
+        const i64 divisor = by_senders ? den[i] : total_weight;
+        const i64 sign = num[i] >> 63;
+        const i64 magnitude = (num[i] ^ sign) - sign;
+        i64 quotient = static_cast<i64>(static_cast<double>(magnitude) / static_cast<double>(divisor));
+        const i64 rest = magnitude - quotient * divisor;
+        quotient += (rest >= divisor ? 1 : 0) - (rest < 0 ? 1 : 0);
+        const i64 step = (quotient * alpha_q16) >> 16;
+        most = std::max(most, step);
+        num[i] = (step ^ sign) - sign;
+    }
+    return most;
+}
+
+SL_INLINE int exponent_of(u64 most) {
+    int exponent = std::max(0, bit_length(most) - 7);
+    if ((most + ((u64{1} << exponent) >> 1)) >> exponent > 127) ++exponent;
+    return exponent;
+}
+
+// Round to signed bytes; return how many are not 0.
+SL_INLINE int round_steps(const i64* steps, int n, int exponent, i8* values) {
+    const i64 half = (i64{1} << exponent) >> 1;
+    int zeros = 0;
+    for (int i = 0; i < n; ++i) {
+        const i64 sign = steps[i] >> 63;
+        const i64 rounded = (((steps[i] ^ sign) - sign) + half) >> exponent;
+        const i8 value = static_cast<i8>((rounded ^ sign) - sign);
+        zeros += value == 0;
+        values[i] = value;
+    }
+    return n - zeros;
+}
+
+template <class Simd>
+SL_INLINE void merge_chunk(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch,
+                           MergeOutput& out) {
+    const int length = plan.form.tensor.length(chunk);
+    const Packing packing = prepare(sources, count, chunk);
+    int n;
+    if (packing.fits) {
+        add_packed(sources, count, chunk, plan, packing, scratch.packed);
+        n = Simd::collect(scratch.packed, scratch.num, scratch.indices);
+        unpack(scratch, n, packing);
+    } else {
+        add_wide(sources, count, chunk, plan, scratch.wide);
+        n = collect_wide(scratch, length);
+    }
+    const i64 most = plan.by_senders
+                         ? divide(scratch.num, scratch.den, n, true, plan.total_weight, plan.alpha_q16)
+                         : divide(scratch.num, scratch.den, n, false, plan.total_weight, plan.alpha_q16);
+    out.exponent = exponent_of(static_cast<u64>(most));
+    out.count = round_steps(scratch.num, n, out.exponent, scratch.values);
+    if (out.count < n) Simd::drop_zeros(scratch.values, scratch.indices, n);
+    out.gaps = write_gaps(scratch.indices, out.count, out.gaps);
+    std::memcpy(out.values, scratch.values, static_cast<std::size_t>(out.count));
+    out.values += out.count;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Instruction sets
+
+struct Portable {
+    SL_INLINE static u32 feedback(const ChunkInput& in, int rows, u32* maxima) {
+        constexpr int WIDTH = 4;
+        u32 most = 0;
+        for (int group = 0; group < CHUNK; group += WIDTH * rows) {
+            u32 block[WIDTH] = {};
+            for (int i = group; i < group + WIDTH * rows; i += WIDTH) {
+                for (int lane = 0; lane < WIDTH; ++lane) {
+                    const float difference = in.outer[i + lane] - in.local[i + lane];
+                    const float kept_back = in.beta * in.residual[i + lane];
+                    const float acc = kept_back + difference;
+                    in.residual[i + lane] = acc;
+                    const u32 bits = magnitude_bits(acc);
+                    block[lane] = static_cast<i32>(bits) > static_cast<i32>(block[lane]) ? bits : block[lane];
+                }
+            }
+            for (int lane = 0; lane < WIDTH; ++lane) {
+                maxima[group / rows + lane] = block[lane];
+                most = std::max(most, block[lane]);
+            }
+        }
+        return most;
+    }
+
+    SL_INLINE static int candidates(const ChunkInput& in, u32 threshold, u16* indices) {
+        int n = 0;
+        for (int i = 0; i < CHUNK; ++i) {
+            indices[n] = static_cast<u16>(i);
+            n += magnitude_bits(in.residual[i]) >= threshold;
+        }
+        return n;
+    }
+
+    SL_INLINE static int collect(i64* sums, i64* found, u16* indices) {
+        int n = 0;
+        for (int i = 0; i < CHUNK; ++i) {
+            found[n] = sums[i];
+            indices[n] = static_cast<u16>(i);
+            n += sums[i] != 0;
+            sums[i] = 0;
+        }
+        return n;
+    }
+
+    SL_INLINE static void drop_zeros(i8* values, u16* indices, int n) {
+        int kept = 0;
+        for (int i = 0; i < n; ++i) {
+            values[kept] = values[i];
+            indices[kept] = indices[i];
+            kept += values[i] != 0;
+        }
+    }
+};
+
+int compress_portable(const ChunkInput& in, CompressScratch& scratch, ChunkOutput& out) {
+    return compress_chunk<Portable>(in, scratch, out);
+}
+
+void merge_portable(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch, MergeOutput& out) {
+    merge_chunk<Portable>(sources, count, chunk, plan, scratch, out);
+}
+
+#if defined(__x86_64__)
+
+#define SL_AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt")))
+#define SL_AVX512 \
+    __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")))
+
+struct Avx2 : Portable {
+    SL_AVX2 static u32 feedback(const ChunkInput& in, int rows, u32* maxima) {
+        const __m256 beta = _mm256_set1_ps(in.beta);
+        const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+        __m256i most = _mm256_setzero_si256();
+        for (int group = 0; group < CHUNK; group += 8 * rows) {
+            __m256i block = _mm256_setzero_si256();
+            for (int i = group; i < group + 8 * rows; i += 8) {
+                const __m256 difference = _mm256_sub_ps(_mm256_loadu_ps(in.outer + i), _mm256_loadu_ps(in.local + i));
+                const __m256 kept_back = _mm256_mul_ps(beta, _mm256_loadu_ps(in.residual + i));
+                const __m256 acc = _mm256_add_ps(kept_back, difference);
+                _mm256_storeu_ps(in.residual + i, acc);
+                block = _mm256_max_epu32(block, _mm256_and_si256(_mm256_castps_si256(acc), magnitude));
+            }
+            _mm256_store_si256(reinterpret_cast<__m256i*>(maxima + group / rows), block);
+            most = _mm256_max_epu32(most, block);
+        }
+        alignas(32) u32 lanes[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), most);
+        return *std::max_element(lanes, lanes + 8);
+    }
+
+    SL_AVX2 static int candidates(const ChunkInput& in, u32 threshold, u16* indices) {
+        const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+        const __m256i below = _mm256_set1_epi32(static_cast<i32>(threshold - 1));
+        int n = 0;
+        for (int first = 0; first < CHUNK; first += 64) {
+            u64 found = 0;
+            for (int i = 0; i < 64; i += 8) {
+                const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(in.residual + first + i));
+                const __m256i large = _mm256_cmpgt_epi32(_mm256_and_si256(bits, magnitude), below);
+                found |= static_cast<u64>(static_cast<u32>(_mm256_movemask_ps(_mm256_castsi256_ps(large)))) << i;
+            }
+            for (const float* next : in.next) {
+                for (int i = 0; i < 64; i += 16) _mm_prefetch(reinterpret_cast<const char*>(next + first + i), _MM_HINT_T1);
+            }
+            for (; found != 0; found &= found - 1) indices[n++] = static_cast<u16>(first + __builtin_ctzll(found));
+        }
+        return n;
+    }
+};
+
+SL_AVX2 int compress_avx2(const ChunkInput& in, CompressScratch& scratch, ChunkOutput& out) {
+    return compress_chunk<Avx2>(in, scratch, out);
+}
+
+SL_AVX2 void merge_avx2(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch,
+                        MergeOutput& out) {
+    merge_chunk<Avx2>(sources, count, chunk, plan, scratch, out);
+}
+
+struct Avx512 : Portable {
+    SL_AVX512 static u32 feedback(const ChunkInput& in, int rows, u32* maxima) {
+        const __m512 beta = _mm512_set1_ps(in.beta);
+        const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+        __m512i most = _mm512_setzero_si512();
+        for (int group = 0; group < CHUNK; group += 16 * rows) {
+            __m512i block = _mm512_setzero_si512();
+            for (int i = group; i < group + 16 * rows; i += 16) {
+                const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(in.outer + i), _mm512_loadu_ps(in.local + i));
+                const __m512 kept_back = _mm512_mul_ps(beta, _mm512_loadu_ps(in.residual + i));
+                const __m512 acc = _mm512_add_ps(kept_back, difference);
+                _mm512_storeu_ps(in.residual + i, acc);
+                block = _mm512_max_epu32(block, _mm512_and_si512(_mm512_castps_si512(acc), magnitude));
+            }
+            _mm512_store_si512(maxima + group / rows, block);
+            most = _mm512_max_epu32(most, block);
+        }
+        return _mm512_reduce_max_epu32(most);
+    }
+
+    SL_AVX512 static int candidates(const ChunkInput& in, u32 threshold, u16* indices) {
+        const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+        const __m512i least = _mm512_set1_epi32(static_cast<i32>(threshold));
+        const __m512i step = _mm512_set1_epi16(32);
+        alignas(64) u16 lanes[32];
+        for (int i = 0; i < 32; ++i) lanes[i] = static_cast<u16>(i);
+        __m512i here = _mm512_load_si512(lanes);
+        int n = 0;
+        for (int i = 0; i < CHUNK; i += 32) {
+            const __m512i low = _mm512_and_si512(_mm512_castps_si512(_mm512_loadu_ps(in.residual + i)), magnitude);
+            const __m512i high = _mm512_and_si512(_mm512_castps_si512(_mm512_loadu_ps(in.residual + i + 16)), magnitude);
+            const u32 found = u32{_mm512_cmpge_epu32_mask(low, least)} | u32{_mm512_cmpge_epu32_mask(high, least)} << 16;
+            _mm512_storeu_si512(indices + n, _mm512_maskz_compress_epi16(found, here));
+            n += __builtin_popcount(found);
+            here = _mm512_add_epi16(here, step);
+            for (const float* next : in.next) {
+                _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T1);
+                _mm_prefetch(reinterpret_cast<const char*>(next + i + 16), _MM_HINT_T1);
+            }
+        }
+        return n;
+    }
+
+    SL_AVX512 static int collect(i64* sums, i64* found, u16* indices) {
+        const __m128i step = _mm_set1_epi16(8);
+        __m128i here = _mm_set_epi16(7, 6, 5, 4, 3, 2, 1, 0);
+        int n = 0;
+        for (int i = 0; i < CHUNK; i += 8) {
+            const __m512i sum = _mm512_load_si512(sums + i);
+            const __mmask8 set = _mm512_test_epi64_mask(sum, sum);
+            _mm512_storeu_si512(found + n, _mm512_maskz_compress_epi64(set, sum));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(indices + n), _mm_maskz_compress_epi16(set, here));
+            _mm512_store_si512(sums + i, _mm512_setzero_si512());
+            n += __builtin_popcount(set);
+            here = _mm_add_epi16(here, step);
+        }
+        return n;
+    }
+
+    SL_AVX512 static void drop_zeros(i8* values, u16* indices, int n) {
+        int kept = 0;
+        for (int i = 0; i < n; i += 32) {
+            const u32 lanes = n - i >= 32 ? ~u32{0} : (u32{1} << (n - i)) - 1;
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i));
+            const __m512i places = _mm512_loadu_si512(indices + i);
+            const u32 set = _mm256_test_epi8_mask(bytes, bytes) & lanes;
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + kept), _mm256_maskz_compress_epi8(set, bytes));
+            _mm512_storeu_si512(indices + kept, _mm512_maskz_compress_epi16(set, places));
+            kept += __builtin_popcount(set);
+        }
+    }
+};
+
+SL_AVX512 int compress_avx512(const ChunkInput& in, CompressScratch& scratch, ChunkOutput& out) {
+    return compress_chunk<Avx512>(in, scratch, out);
+}
+
+SL_AVX512 void merge_avx512(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch,
+                            MergeOutput& out) {
+    merge_chunk<Avx512>(sources, count, chunk, plan, scratch, out);
+}
+
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+           __builtin_cpu_supports("popcnt");
+}
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+}
+
+#endif
+
+struct Isa {
+    const char* name;
+    int (*compress)(const ChunkInput&, CompressScratch&, ChunkOutput&);
+    void (*merge)(Source*, int, i64, const MergePlan&, MergeScratch&, MergeOutput&);
+};
+
+constexpr Isa ISAS[] = {
+    {"portable", compress_portable, merge_portable},
+#if defined(__x86_64__)
+    {"AVX2", compress_avx2, merge_avx2},
+    {"AVX-512", compress_avx512, merge_avx512},
+#endif
+};
+
+// How many of ISAS this machine has; each includes those before it.
+int isas_here() {
+#if defined(__x86_64__)
+    return has_avx512() ? 3 : has_avx2() ? 2 : 1;
+#else
+    return 1;
+#endif
+}
+
+std::atomic<int> isa_wanted{-1};
+
+const Isa& isa() {
+    static const int best = isas_here() - 1;
+    const int wanted = isa_wanted.load(std::memory_order_relaxed);
+    return ISAS[wanted < 0 ? best : wanted];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Whole tensors
+
+// Cut `units` into one range for each thread and work on all of them. Where no thread can be started, this one does it.
+template <class Work>
+void in_ranges(int ranges, i64 units, Work work) {
+    const auto run = [=](int range) {
+        const DefaultArithmetic arithmetic;
+        work(range, units * range / ranges, units * (range + 1) / ranges);
+    };
+    std::vector<std::thread> threads;
+    threads.reserve(static_cast<std::size_t>(ranges));
+    for (int range = 1; range < ranges; ++range) {
+        try {
+            threads.emplace_back(run, range);
+        } catch (...) {
+            run(range);
+        }
+    }
+    run(0);
+    for (std::thread& thread : threads) thread.join();
+}
+
+int ranges_for(int threads, i64 units) { return static_cast<int>(std::clamp<i64>(threads, 1, std::max<i64>(units, 1))); }
+
+// What a range has written, into its own part of the output.
+struct Written {
+    u8* gaps;
+    i64 gap_bytes;
+    u8* values;
+    i64 value_count;
+    int status;
+};
+
+struct CompressJob {
+    PacketForm form;
+    float* residual;
+    const float* outer;
+    const float* local;
+    float beta;
+    u8* scales;
+    u8* ratios;
+    u32* blocks;
+    u8* gaps;
+    u8* codes;
+    i64* positions;
+    float* originals;
+};
+
+int compress_short(const CompressJob& job, ChunkInput in, CompressScratch& scratch, ChunkOutput& out, int length) {
+    // Zeros at the end are never chosen before a real value: they are the smallest there can be, with the highest indices.
+    const std::size_t bytes = static_cast<std::size_t>(length) * sizeof(float);
+    std::memset(scratch.short_chunk, 0, sizeof scratch.short_chunk);
+    std::memcpy(scratch.short_chunk[0], in.residual, bytes);
+    std::memcpy(scratch.short_chunk[1], in.outer, bytes);
+    std::memcpy(scratch.short_chunk[2], in.local, bytes);
+    float* const residual = in.residual;
+    in.residual = scratch.short_chunk[0];
+    in.outer = in.next[1] = scratch.short_chunk[1];
+    in.local = in.next[2] = scratch.short_chunk[2];
+    in.next[0] = in.residual;
+    const int status = isa().compress(in, scratch, out);
+    std::memcpy(residual, scratch.short_chunk[0], bytes);
+    (void)job;
+    return status;
+}
+
+Written compress_range(const CompressJob& job, i64 first, i64 stop, CompressScratch& scratch) {
+    const PacketForm& form = job.form;
+    const int kept = form.kept_of(CHUNK);
+    u8* const gaps = job.gaps + first * PacketForm::gap_bytes_max(kept, CHUNK);
+    u8* const codes = job.codes + first * kept * form.code_bits / 8;
+    ChunkOutput out{gaps, BitWriter(codes), job.positions + first * kept, job.originals + first * kept, 0, 0};
+    const i64* const positions = out.positions;
+    for (i64 chunk = first; chunk < stop; ++chunk) {
+        const i64 start = chunk * CHUNK;
+        const i64 next = chunk + 1 < form.tensor.size / CHUNK ? start + CHUNK : start;
+        const ChunkInput in{job.residual + start, job.outer + start, job.local + start,
+                            {job.residual + next, job.outer + next, job.local + next},
+                            job.beta, form.kept(chunk), form.code_bits, start};
+        const int length = form.tensor.length(chunk);
+        const u8* const before = out.gaps;
+        const int status = length == CHUNK ? isa().compress(in, scratch, out) : compress_short(job, in, scratch, out, length);
+        if (status != OK) return {gaps, 0, codes, 0, status};
+        job.scales[chunk] = out.scale;
+        job.ratios[chunk] = out.ratio;
+        // Two threads may share a block, and sums do not mind in which order.
+        __atomic_fetch_add(&job.blocks[chunk / BLOCK_CHUNKS], static_cast<u32>(out.gaps - before), __ATOMIC_RELAXED);
+    }
+    out.codes.finish();
+    return {gaps, out.gaps - gaps, codes, out.positions - positions, OK};
+}
+
+// Close the holes that absent chunks left between the ranges.
+void join_ranges(const CompressJob& job, const std::vector<Written>& ranges, i64 sizes[3]) {
+    i64 gap_bytes = ranges[0].gap_bytes;
+    i64 values = ranges[0].value_count;
+    const int bits = job.form.code_bits;
+    BitWriter codes(job.codes);
+    for (std::size_t r = 0; r < ranges.size(); ++r) {
+        const Written& range = ranges[r];
+        const u8* const end = range.values + (range.value_count * bits + 7) / 8;
+        for (i64 left = range.value_count * bits, bit = 0; left > 0; left -= 56, bit += 56) {
+            const int n = static_cast<int>(std::min<i64>(left, 56));
+            codes.push(bits_at(range.values, end, bit) & ((u64{1} << n) - 1), n);
+        }
+    }
+    const u8* const end = codes.finish();
+    const int kept = job.form.kept_of(CHUNK);
+    for (std::size_t r = 1; r < ranges.size(); ++r) {
+        const Written& range = ranges[r];
+        const i64 from = (range.gaps - job.gaps) / PacketForm::gap_bytes_max(kept, CHUNK) * kept;
+        const std::size_t count = static_cast<std::size_t>(range.value_count);
+        std::memmove(job.gaps + gap_bytes, range.gaps, static_cast<std::size_t>(range.gap_bytes));
+        std::memmove(job.positions + values, job.positions + from, count * sizeof(i64));
+        std::memmove(job.originals + values, job.originals + from, count * sizeof(float));
+        gap_bytes += range.gap_bytes;
+        values += range.value_count;
+    }
+    sizes[0] = values;
+    sizes[1] = gap_bytes;
+    sizes[2] = end - job.codes;
+}
+
+int compress_tensor(const CompressJob& job, int threads, i64 sizes[3]) {
+    // Eight chunks of codes end on a byte, so ranges of whole eights do not share one.
+    const i64 eights = (job.form.tensor.chunks() + 7) / 8;
+    const int ranges = ranges_for(threads, eights / 4);
+    std::vector<std::unique_ptr<CompressScratch>> scratch;
+    for (int r = 0; r < ranges; ++r) scratch.emplace_back(new CompressScratch);
+    std::vector<Written> written(static_cast<std::size_t>(ranges));
+    in_ranges(ranges, eights, [&](int range, i64 first, i64 stop) {
+        const std::size_t r = static_cast<std::size_t>(range);
+        written[r] = compress_range(job, first * 8, std::min(stop * 8, job.form.tensor.chunks()), *scratch[r]);
+    });
+    for (const Written& range : written) {
+        if (range.status != OK) return range.status;
+    }
+    join_ranges(job, written, sizes);
+    return OK;
+}
+
+struct MergeJob {
+    MergePlan plan;
+    std::vector<Source> sources;  // at the start of their sections
+    u16* counts;
+    u8* exponents;
+    u32* blocks;
+    u8* gaps;
+    u8* values;
+};
+
+// Move all sources from the start of their sections to a block of chunks.
+void seek(const MergePlan& plan, std::vector<Source>& sources, i64 block) {
+    for (Source& source : sources) {
+        source.gaps = source.section.gaps;
+        for (i64 b = 0; b < block; ++b) source.gaps += load<u32>(source.section.blocks + 4 * b);
+        i64 present = 0;
+        for (i64 chunk = 0; chunk < block * BLOCK_CHUNKS; ++chunk) present += source.section.scales[chunk] != 0;
+        source.bit = present * plan.form.kept_of(CHUNK) * plan.form.code_bits;
+    }
+}
+
+Written merge_blocks(const MergeJob& job, i64 first, i64 stop, std::vector<Source>& sources, MergeScratch& scratch) {
+    u8* const gaps = job.gaps + first * BLOCK_CHUNKS * CHUNK;
+    u8* const values = job.values + first * BLOCK_CHUNKS * CHUNK;
+    MergeOutput out{0, 0, gaps, values};
+    seek(job.plan, sources, first);
+    for (i64 block = first; block < stop; ++block) {
+        const u8* const before = out.gaps;
+        const i64 chunk_stop = std::min<i64>(job.plan.form.tensor.chunks(), (block + 1) * BLOCK_CHUNKS);
+        for (i64 chunk = block * BLOCK_CHUNKS; chunk < chunk_stop; ++chunk) {
+            isa().merge(sources.data(), static_cast<int>(sources.size()), chunk, job.plan, scratch, out);
+            job.counts[chunk] = static_cast<u16>(out.count);
+            job.exponents[chunk] = static_cast<u8>(out.exponent);
+        }
+        job.blocks[block] = static_cast<u32>(out.gaps - before);
+    }
+    return {gaps, out.gaps - gaps, values, out.values - values, OK};
+}
+
+void merge_tensor(const MergeJob& job, int threads, i64 sizes[2]) {
+    const i64 blocks = job.plan.form.tensor.blocks();
+    const int ranges = ranges_for(threads, blocks);
+    std::vector<std::vector<Source>> sources(static_cast<std::size_t>(ranges), job.sources);
+    std::vector<std::unique_ptr<MergeScratch>> scratch;
+    for (int r = 0; r < ranges; ++r) scratch.emplace_back(new MergeScratch());
+    std::vector<Written> written(static_cast<std::size_t>(ranges));
+    in_ranges(ranges, blocks, [&](int range, i64 first, i64 stop) {
+        const std::size_t r = static_cast<std::size_t>(range);
+        written[r] = merge_blocks(job, first, stop, sources[r], *scratch[r]);
+    });
+    sizes[0] = sizes[1] = 0;
+    for (const Written& range : written) {
+        std::memmove(job.values + sizes[0], range.values, static_cast<std::size_t>(range.value_count));
+        std::memmove(job.gaps + sizes[1], range.gaps, static_cast<std::size_t>(range.gap_bytes));
+        sizes[0] += range.value_count;
+        sizes[1] += range.gap_bytes;
+    }
+}
+
+// Subtract the values of some blocks from the outer parameters. The section has passed all checks.
+void step_blocks(float* outer, Tensor tensor, const UpdateSection& section, i64 first, i64 stop) {
+    const u8* at = section.gaps;
+    for (i64 block = 0; block < first; ++block) at += load<u32>(section.blocks + 4 * block);
+    const i8* value = reinterpret_cast<const i8*>(section.values);
+    for (i64 chunk = 0; chunk < first * BLOCK_CHUNKS; ++chunk) value += section.count(chunk);
+    const i64 chunk_stop = std::min<i64>(tensor.chunks(), stop * BLOCK_CHUNKS);
+    for (i64 chunk = first * BLOCK_CHUNKS; chunk < chunk_stop; ++chunk) {
+        float* place = outer + chunk * CHUNK - 1;
+        const float unit = static_cast<float>(u64{1} << section.exponents[chunk]) / static_cast<float>(u64{1} << GRID_BITS);
+        for (int left = section.count(chunk); left > 0; --left) {
+            int byte = *at++;
+            while (byte == 255) {
+                place += 255;
+                byte = *at++;
+            }
+            place += byte + 1;
+            *place -= static_cast<float>(*value++) * unit;  // the product is exact: seven bits times a power of two
+        }
+    }
+}
+
+bool form_is_good(const PacketForm& form) {
+    return form.tensor.size >= 1 && form.tensor.size <= i64{1} << 31 && form.k >= 1 && form.k <= CHUNK &&
+           (form.code_bits == 1 || form.code_bits == 2);
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The C ABI. Pointers are never null unless a length is 0; arrays have the lengths that native.py gives them.
+
+// Use the instruction set of this number, or the best for -1. Returns false where the machine does not have it.
+SL_EXPORT int sl_set_isa(i32 wanted) {
+    if (wanted >= isas_here()) return 0;
+    isa_wanted.store(wanted, std::memory_order_relaxed);
+    return 1;
+}
+
+// The name of the instruction set in use.
+SL_EXPORT const char* sl_isa() { return isa().name; }
+
+// sizes: number of values, of gap bytes and of code bytes written.
+SL_EXPORT int sl_compress(float* residual, const float* outer, const float* local, i64 size, float beta, i32 k,
+                          i32 code_bits, i32 threads, u8* scales, u8* ratios, u32* blocks, u8* gaps, u8* codes,
+                          i64* positions, float* originals, i64* sizes) {
+    const PacketForm form{{size}, k, code_bits};
+    if (!form_is_good(form)) return MISUSE;
+    std::fill(blocks, blocks + form.tensor.blocks(), 0u);
+    const CompressJob job{form,   residual, outer, local, beta,      scales,
+                          ratios, blocks,   gaps,  codes, positions, originals};
+    try {
+        return compress_tensor(job, threads, sizes);
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+}
+
+// sizes: number of gap bytes and of code bytes written. MISUSE where the arrays do not belong together.
+SL_EXPORT int sl_encode(const u8* scales, const i64* indices, const u8* codes, i64 count, i64 size, i32 k, i32 code_bits,
+                        u32* blocks, u8* gaps, u8* packed, i64* sizes) {
+    const PacketForm form{{size}, k, code_bits};
+    if (!form_is_good(form) || count != count_values(form, scales)) return MISUSE;
+    std::fill(blocks, blocks + form.tensor.blocks(), 0u);
+    BitWriter writer(packed);
+    u8* to = gaps;
+    u16 inside[CHUNK];
+    for (i64 chunk = 0; chunk < form.tensor.chunks(); ++chunk) {
+        if (scales[chunk] == 0) continue;
+        const int kept = form.kept(chunk);
+        i64 previous = chunk * CHUNK - 1;
+        for (int i = 0; i < kept; ++i) {
+            if (indices[i] <= previous || indices[i] >= chunk * CHUNK + form.tensor.length(chunk)) return MISUSE;
+            previous = indices[i];
+            inside[i] = static_cast<u16>(previous - chunk * CHUNK);
+            writer.push(codes[i] & ((1u << code_bits) - 1), code_bits);
+        }
+        u8* const end = write_gaps(inside, kept, to);
+        blocks[chunk / BLOCK_CHUNKS] += static_cast<u32>(end - to);
+        to = end;
+        indices += kept;
+        codes += kept;
+    }
+    sizes[0] = to - gaps;
+    sizes[1] = writer.finish() - packed;
+    return OK;
+}
+
+// values: how many the section has. Returns the code of the first rule of SPEC 5 that is broken.
+SL_EXPORT int sl_check_section(const u8* data, i64 length, i64 size, i32 k, i32 code_bits, i64* values) {
+    const PacketForm form{{size}, k, code_bits};
+    if (!form_is_good(form)) return MISUSE;
+    PacketSection section;
+    const int code = check_packet_section(data, length, form, section);
+    if (code == OK) *values = section.values;
+    return code;
+}
+
+// values: how many the section has. Returns the code of the first rule of SPEC 7 that is broken.
+SL_EXPORT int sl_check_update_section(const u8* data, i64 length, i64 size, i64* values) {
+    if (!form_is_good({{size}, 1, 1})) return MISUSE;
+    UpdateSection section;
+    const int code = check_whole_update_section(data, length, {size}, section);
+    if (code == OK) *values = section.value_count;
+    return code;
+}
+
+// sizes: number of values and of gap bytes written. A section that breaks a rule is refused with its code.
+SL_EXPORT int sl_merge(const u8* const* sections, const i64* lengths, const i64* weights, const i64* clips, i32 count,
+                       i64 size, i32 k, i32 code_bits, i32 by_senders, i64 total_weight, i64 alpha_q16, i32 threads,
+                       u16* counts, u8* exponents, u32* blocks, u8* gaps, u8* values, i64* sizes) {
+    const PacketForm form{{size}, k, code_bits};
+    if (!form_is_good(form) || count < 1 || count > 1024 || alpha_q16 < 1 || alpha_q16 > 1 << 18) return MISUSE;
+    try {
+        MergeJob job{{form, by_senders != 0, total_weight, alpha_q16}, {}, counts, exponents, blocks, gaps, values};
+        i64 sum = 0;
+        for (int r = 0; r < count; ++r) {
+            if (weights[r] < 1 || weights[r] > 4096 || clips[r] < 1 || clips[r] > 65536) return MISUSE;
+            Source source{};
+            if (const int code = check_packet_section(sections[r], lengths[r], form, source.section)) return code;
+            source.weight = weights[r];
+            source.clip = clips[r];
+            sum += weights[r];
+            job.sources.push_back(source);
+        }
+        if (total_weight < sum || total_weight > 1024 * 4096) return MISUSE;  // a mean is below its largest value
+        merge_tensor(job, threads, sizes);
+        return OK;
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+}
+
+// Checks the whole section before it changes anything.
+SL_EXPORT int sl_outer_step(float* outer, i64 size, const u8* data, i64 length, i32 threads) {
+    if (!form_is_good({{size}, 1, 1})) return MISUSE;
+    const Tensor tensor{size};
+    UpdateSection section;
+    if (const int code = check_whole_update_section(data, length, tensor, section)) return code;
+    try {
+        in_ranges(ranges_for(threads, tensor.blocks()), tensor.blocks(),
+                  [&](int, i64 first, i64 stop) { step_blocks(outer, tensor, section, first, stop); });
+        return OK;
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+}
