@@ -219,6 +219,18 @@ STORED = FRAME.planes[GAPS]
 SKIPPABLE = struct.pack("<II", 0x184D2A50, 3) + b"abc"
 
 
+def with_checksum() -> bytes:
+    return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(bytes(GAPS_RAW))
+
+
+def with_dictionary() -> bytes:
+    """A frame that names dictionary 7, in a field of one byte behind the descriptor."""
+    plain = zstd(bytes(GAPS_RAW))
+    named = plain[:4] + bytes([plain[4] | 1]) + b"\7" + plain[5:]
+    assert zstandard.get_frame_parameters(named).dict_id == 7
+    return named
+
+
 def wide_window(log: int) -> bytes:
     """A frame with a window of 2^log: descriptor with an 8-byte size, window, one block that repeats a zero."""
     block = (GAPS_RAW << 3 | 0b011).to_bytes(3, "little") + b"\0"
@@ -276,6 +288,8 @@ def wide_window(log: int) -> bytes:
         ("no size declared", with_plane(GAPS, zstd(bytes(GAPS_RAW), declared=False)), Code.BAD_ZSTD),
         ("expands to more", with_plane(GAPS, zstd(bytes(GAPS_RAW + 1))), Code.BAD_ZSTD),
         ("expands to less", with_plane(GAPS, zstd(bytes(GAPS_RAW - 1))), Code.BAD_ZSTD),
+        ("a wrong checksum", with_plane(GAPS, with_checksum()[:-1] + b"\0"), Code.BAD_ZSTD),
+        ("a dictionary", with_plane(GAPS, with_dictionary()), Code.BAD_ZSTD),
         ("a window above 8 MiB", with_plane(GAPS, wide_window(24)), Code.BAD_ZSTD),
         ("a window of 2 GiB", with_plane(GAPS, wide_window(31)), Code.BAD_ZSTD),
         ("a window of 2 TiB", with_plane(GAPS, wide_window(41)), Code.BAD_ZSTD),
@@ -284,6 +298,10 @@ def wide_window(log: int) -> bytes:
 def test_refused_packets(what: str, wire: bytes, code: Code) -> None:
     with refused(code):
         packet_from_wire(wire, RUN)
+
+
+def test_a_right_checksum_is_accepted() -> None:
+    assert packet_from_wire(with_plane(GAPS, with_checksum()), RUN) == PACKET
 
 
 def test_a_window_of_8_mib_is_accepted() -> None:
@@ -330,6 +348,22 @@ def test_refusing_lies_about_sizes_takes_no_memory() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2_000_000
+
+
+def test_reading_and_refusing_take_no_more_than_twice_the_canonical_size() -> None:
+    size = 8 << 20
+    run = make_run(4096, 1, [("a", (size,))])
+    scales, ratios = np.full(size >> 12, 99, np.uint8), np.zeros(size >> 12, np.uint8)
+    sections = packet_sections(run, [SparseTensor(size, scales, ratios, np.arange(size), np.zeros(size, np.uint8))])
+    wire = packet_to_wire(make_packet(run, KEY, 2, BASE, 1, 1, sections), run)
+    assert len(wire) < 10_000
+    tracemalloc.start()
+    packet_from_wire(wire, run)
+    with refused(Code.TRAILING):
+        packet_from_wire(wire + b"\0", run)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * len(sections[0]) + 4_000_000
 
 
 @pytest.mark.parametrize("kind", ["packet", "update"])
