@@ -8,18 +8,21 @@ back the head, the parameters and the packets of the open round.
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import structlog
+import torch
 from numpy.typing import NDArray
 
 from peer.bootstrap import wait_for_stop
+from peer.core import codec
 from peer.errors import UserCode, UserError
 from peer.find import DHT_TTL_S
 from peer.journal import PacketRow, RecordRow
+from peer.merge import accepted, check_contents, merge_packets
 from peer.net.directory import DirectoryError, open_directory
 from peer.net.errors import LinkError
 from peer.net.messages import ReceiptMsg, RoundClosed, RoundEvent, RoundOpened
@@ -28,14 +31,14 @@ from peer.net.tls import TlsIdentity, split_address
 from peer.operator import OperatorFolder
 from peer.replay import replay
 from peer.store import Home, RunFolder, load_key
-from protocol.arithmetic import Contribution, merge, weight_of
+from protocol.arithmetic import weight_of
 from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST, PrivateKey, merkle_root_of_hashes
 from protocol.invite import Invite
 from protocol.layout import piece_hashes, state_pieces
 from protocol.ledger import Entry, Kind, RoundRecord, Verdict, genesis_record, sign_record
 from protocol.limits import CLIP_ONE
-from protocol.packet import PacketHeader, check_packet
+from protocol.packet import PacketHeader, check_claims
 from protocol.records import Ad, DhtKind, aggregators_key, make_dht_record
 from protocol.round import (
     Accept,
@@ -52,12 +55,8 @@ from protocol.round import (
     WakeAt,
 )
 from protocol.run import RunConfig, SignedRun
-from protocol.update import apply_update, make_update
-from protocol.wire import (
-    packet_from_wire,
-    packet_wire_bytes_max,
-    update_to_wire,
-)
+from protocol.update import make_update
+from protocol.wire import bundle_to_wire, packet_from_wire, packet_wire_bytes_max, update_to_wire
 
 log = structlog.get_logger()
 
@@ -132,7 +131,7 @@ class Aggregator:
         self._watchers.setdefault(peer, set()).add(queue)
         try:
             # The head first: its round may have closed between this peer's welcome and its watch.
-            events: list[RoundEvent] = [RoundClosed(self.head.to_bytes())]
+            events: list[RoundEvent] = [self._closed_event()]
             if not self.finished.is_set() and not self.round.closed:
                 events.append(self._opened_event())
             for event in events:
@@ -175,7 +174,7 @@ class Aggregator:
         if kind == "record":
             row = self._folder.journal.record_by_digest(digest)
             return None if row is None else row.data
-        if kind in ("packet", "update"):
+        if kind in ("packet", "update", "bundle"):
             return self._folder.blobs.path(kind, digest.hex())
         if kind == "state":
             held = next((state for state in self._states if state.root == digest), None)
@@ -228,18 +227,17 @@ class Aggregator:
         self.head = record
         if state is not self._states[-1]:
             self._states.append(state)
-        accepted = sum(entry.verdict == Verdict.ACCEPTED for entry in record.entries)
         log.info(
             "round closed",
             round=record.round,
             kind=record.kind.name.lower(),
             reason=record.reason.name.lower(),
-            accepted=accepted,
+            accepted=len(accepted(record.entries)),
             packets=len(record.entries),
             seconds=(record.closed_ms - record.opened_ms) / 1000,
             state_root=record.state_root.hex(),
         )
-        self._broadcast(RoundClosed(record.to_bytes()))
+        self._broadcast(self._closed_event())
         if record.round >= self.run.outer.rounds:
             self.finished.set()
             log.info("run complete", rounds=record.round, state_root=record.state_root.hex())
@@ -252,6 +250,11 @@ class Aggregator:
     def _opened_event(self) -> RoundOpened:
         left_s = max(0.0, self.round.deadline_at_s - self._loop.time())
         return RoundOpened(self.round.round, self.round.base_root, self.run.inner.steps, left_s)
+
+    def _closed_event(self) -> RoundClosed:
+        blobs, head = self._folder.blobs, self.head
+        update_bytes = blobs.size("update", head.update_digest.hex())
+        return RoundClosed(head.to_bytes(), update_bytes, blobs.size("bundle", head.digest.hex()))
 
     def _broadcast(self, event: RoundEvent) -> None:
         for queues in self._watchers.values():
@@ -273,7 +276,8 @@ class Aggregator:
             raise ProtocolError(Code.NOT_A_MEMBER, "the packet was made by another peer than the one that sends it")
         if header.round < round.round:
             raise ProtocolError(Code.LATE, f"round {header.round} has closed")
-        check_packet(packet, self.run, round=round.round, base_root=round.base_root)
+        check_claims(packet, self.run, round=round.round, base_root=round.base_root)
+        check_contents(packet, self.run)
         self._folder.blobs.put("packet", digest.hex(), raw)
         row = PacketRow(digest, header.round, peer, header.tokens, header.inner_steps, now_ms())
         self._folder.journal.add_packet(row)
@@ -282,8 +286,9 @@ class Aggregator:
     def _settle(self, close: Close) -> tuple[RoundRecord, HeldState]:
         """Merge, apply, write the update, the record and now and then the state; all durable on return."""
         state, update_digest = self._states[-1], NO_DIGEST
+        entries = tuple(self._entry(submission) for submission in close.submissions)
         if close.kind == Kind.APPLIED:
-            state, update_digest = self._merge(close.submissions)
+            state, update_digest = self._merge(accepted(entries))
         record = sign_record(
             RoundRecord(
                 run_id=self.run.run_id,
@@ -296,7 +301,7 @@ class Aggregator:
                 update_digest=update_digest,
                 opened_ms=self._opened_ms,
                 closed_ms=max(now_ms(), self._opened_ms),
-                entries=tuple(self._entry(submission) for submission in close.submissions),
+                entries=entries,
             ),
             self._key,
         )
@@ -304,29 +309,53 @@ class Aggregator:
         if snapshot:
             self._snapshot(state.flat, record.round)
         self._append(record)
+        if record.kind == Kind.APPLIED:
+            self._choose_form(record)
         if snapshot:
             # It looks at every blob, so not in every round.
             self._folder.forget(keep_rounds=KEEP_ROUNDS, blob_bytes_max=BLOB_BYTES_MAX)
         return record, state
 
-    def _merge(self, submissions: tuple[Submission, ...]) -> tuple[HeldState, bytes]:
-        contributions = []
-        for submission in submissions:
-            if submission.verdict == Verdict.ACCEPTED:
-                raw = self._folder.blobs.get("packet", submission.digest.hex())
-                assert raw is not None, "an accepted packet is on the disk"
-                packet = packet_from_wire(raw, self.run)
-                tensors = check_packet(packet, self.run, round=self.round.round, base_root=self.round.base_root)
-                weight = weight_of(submission.tokens, self.run.nominal_tokens)
-                contributions.append(Contribution(tensors, weight, CLIP_ONE))
-        outer = self.run.outer
-        tensors_of_update = merge(contributions, self.run.layout, outer.rule, outer.alpha_q16)
+    def _merge(self, entries: Sequence[Entry]) -> tuple[HeldState, bytes]:
+        packets = []
+        for entry in entries:
+            packet = packet_from_wire(self._stored_packet(entry), self.run)
+            # A second time, for what lay on a disk may have rotted there.
+            check_claims(packet, self.run, round=self.round.round, base_root=self.round.base_root)
+            packets.append(packet)
+        sections = merge_packets(packets, entries, self.run)
         flat = self._states[-1].flat.copy()
-        apply_update(flat, self.run.layout, tensors_of_update)
+        codec.outer_step(torch.from_numpy(flat), self.run.layout, sections)
         state = HeldState(flat)
-        update = make_update(self.run, self.round.round, self.round.base_root, state.root, tensors_of_update)
+        update = make_update(self.run, self.round.round, self.round.base_root, state.root, sections)
         self._folder.blobs.put("update", update.header.digest.hex(), update_to_wire(update, self.run))
         return state, update.header.digest
+
+    def _choose_form(self, record: RoundRecord) -> None:
+        """Offer the accepted packets together as a bundle where they are smaller than their update.
+
+        The journal has the record already, so that every bundle on the disk belongs to one. After a crash in between
+        there is the update alone, which is always there.
+        """
+        blobs, entries = self._folder.blobs, accepted(record.entries)
+        update_bytes = blobs.size("update", record.update_digest.hex())
+        bundle_bytes = sum(4 + blobs.size("packet", entry.packet_digest.hex()) for entry in entries)
+        smaller = bundle_bytes < update_bytes
+        if smaller:
+            blobs.put("bundle", record.digest.hex(), bundle_to_wire([self._stored_packet(entry) for entry in entries]))
+        log.info(
+            "broadcast",
+            round=record.round,
+            form="bundle" if smaller else "update",
+            update_bytes=update_bytes,
+            bundle_bytes=bundle_bytes,
+            why=f"{len(entries)} packets together are {'smaller' if smaller else 'not smaller'} than their update",
+        )
+
+    def _stored_packet(self, entry: Entry) -> bytes:
+        raw = self._folder.blobs.get("packet", entry.packet_digest.hex())
+        assert raw is not None, "an accepted packet is on the disk"
+        return raw
 
     def _entry(self, submission: Submission) -> Entry:
         accepted = submission.verdict == Verdict.ACCEPTED
@@ -399,6 +428,8 @@ async def aggregate(
         store = home.run(signed.config.run_id)
         program = Aggregator(signed, key, store)
         server = await _serve(program, home, host, port, key, None if plaintext else folder.tls())
+        path, _, why = codec.kernels_in_use(torch.device("cpu")).partition(": ")
+        log.info("kernels", path=path, why=why)
         log.info("aggregator ready", run=signed.config.name, port=server.port, round=program.head.round)
         advert = asyncio.create_task(_advertise(program, invite, key, stop))
         stopped = asyncio.create_task(stop.wait())

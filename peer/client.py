@@ -7,7 +7,7 @@ link. It only ever dials out, and it goes on by itself through a restart of the 
 import asyncio
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,13 @@ import structlog
 
 from peer.bootstrap import wait_for_stop
 from peer.config import PeerConfig
+from peer.core import codec
 from peer.core.device import pick_device, pick_dtype, set_threads
 from peer.core.replica import Replica
 from peer.data.prepare import Dataset, prepare
 from peer.errors import UserCode, UserError
 from peer.find import DHT_TTL_S, Finder
+from peer.merge import accepted, sections_of_bundle, sections_of_update
 from peer.net.errors import LinkError, LinkFailure
 from peer.net.link import Link
 from peer.net.messages import RoundClosed, RoundOpened
@@ -57,8 +59,7 @@ from protocol.round import (
     WakeAt,
 )
 from protocol.run import RunConfig, SignedRun
-from protocol.update import UpdateTensor, check_update
-from protocol.wire import packet_to_wire, update_from_wire, update_wire_bytes_max
+from protocol.wire import bundle_bytes_max, packet_to_wire, update_wire_bytes_max
 
 log = structlog.get_logger()
 
@@ -77,7 +78,8 @@ class Totals:
     accepted: int = 0
     tokens: int = 0
     bytes_up: int = 0
-    bytes_down: int = 0
+    update_bytes: int = 0
+    bundle_bytes: int = 0
     sent_values: int = 0
     inner_s: float = 0.0
     began_s: float | None = None
@@ -89,6 +91,19 @@ class _Packet:
     digest: bytes
     wire: bytes
     values: int
+
+
+_Fetched = tuple[str, int, Sequence[bytes]]  # the form, its bytes, and the update's sections
+
+_NOTHING: _Fetched = ("nothing", 0, ())
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A bundle that the aggregator offers for the newest record, because it is smaller than the update."""
+
+    record_digest: bytes
+    size: int
 
 
 class Client:
@@ -115,6 +130,7 @@ class Client:
         self._stop_inner = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._packet: _Packet | None = None
+        self._offer: _Offer | None = None
         self._totals = Totals()
         self._crash: BaseException | None = None
         # Set by `join` once the run is known.
@@ -194,7 +210,9 @@ class Client:
                         case RoundOpened():
                             self._post(Opened(event.round, event.base_root, event.inner_steps, event.closes_in_s))
                         case RoundClosed():
-                            self._post(Recorded((self._checked(event.record),)))
+                            record = self._checked(event.record)
+                            self._offer = self._offer_of(event, record)
+                            self._post(Recorded((record,)))
                 reason = "the aggregator ended the connection"
             except (LinkError, ProtocolError) as error:
                 reason = str(error)
@@ -225,6 +243,11 @@ class Client:
         check_record(record, self.run)
         return record
 
+    def _offer_of(self, event: RoundClosed, record: RoundRecord) -> _Offer | None:
+        """The bundle that saves bytes; one beyond its bound is none of this run."""
+        size_max = min(bundle_bytes_max(self.run, len(accepted(record.entries))), event.update_bytes - 1)
+        return _Offer(record.digest, event.bundle_bytes) if 0 < event.bundle_bytes <= size_max else None
+
     async def _prepare(self, link: Link) -> None:
         """Fetch and verify the run, then make its data and the replica."""
         log.info("connected", address=link.address, aggregator=link.aggregator)
@@ -235,16 +258,19 @@ class Client:
         device = pick_device(self._config.device)
         set_threads(self._config.threads)
 
-        def build() -> tuple[Dataset, Replica]:
+        def build() -> tuple[Dataset, Replica, str]:
             data = prepare(self.run.data, self._home.path / "data", self._config.data_paths)
             data.check_vocabulary(self.run.model.vocab_size)
-            return data, Replica(self.run, device, pick_dtype(self._config.dtype, device), self._config.micro_batch)
+            replica = Replica(self.run, device, pick_dtype(self._config.dtype, device), self._config.micro_batch)
+            return data, replica, codec.kernels_in_use(device)
 
         try:
-            self._data, self._replica = await asyncio.to_thread(build)
+            self._data, self._replica, kernels = await asyncio.to_thread(build)
         except ValueError as error:
             raise UserError(UserCode.NO_CORPUS, str(error), "get what the run needs, then start again") from error
         self._machine = ReplicaRound(self.run)
+        path, _, why = kernels.partition(": ")
+        log.info("kernels", path=path, why=why)
         log.info(
             "run",
             name=self.run.name,
@@ -349,9 +375,12 @@ class Client:
             if steps >= effect.steps:
                 self._stop_inner.set()
 
-        trained = await asyncio.to_thread(
-            self._replica.train_steps, effect.round, batches, self._stop_inner.is_set, on_step
-        )
+        try:
+            trained = await asyncio.to_thread(
+                self._replica.train_steps, effect.round, batches, self._stop_inner.is_set, on_step
+            )
+        except ValueError as error:
+            return await self._start_again(error)
         self._totals.inner_s += time.monotonic() - began_s
         self._totals.tokens += trained.tokens
         if trained.steps:
@@ -363,19 +392,22 @@ class Client:
         assert record is not None, "work starts from a record"
 
         def build() -> _Packet:
-            tensors = self._replica.make_contribution()
+            sections = self._replica.make_contribution()
             packet = make_packet(
-                self.run, self._key, effect.round, record.state_root, effect.tokens, effect.steps, tensors
+                self.run, self._key, effect.round, record.state_root, effect.tokens, effect.steps, sections
             )
-            wire = packet_to_wire(packet, self.run)
-            return _Packet(packet.header.digest, wire, sum(tensor.indices.size for tensor in tensors))
+            return _Packet(packet.header.digest, packet_to_wire(packet, self.run), self._replica.sent_values)
 
         try:
             self._packet = await asyncio.to_thread(build)
         except ValueError as error:
-            self._replica.apply(())
-            return Failed(str(error))
+            return await self._start_again(error)
         return PacketReady(self._packet.digest)
+
+    async def _start_again(self, error: ValueError) -> ReplicaEvent:
+        """After training diverged: go back to the outer parameters and sit this round out."""
+        await asyncio.to_thread(self._replica.apply, ())
+        return Failed(str(error))
 
     async def _send(self, digest: bytes) -> ReplicaEvent:
         packet = self._packet
@@ -401,33 +433,49 @@ class Client:
         self._packet = None
 
     async def _apply_update(self, record: RoundRecord) -> ReplicaEvent:
-        tensors: list[UpdateTensor] = []
-        size = 0
+        form, size, sections = _NOTHING
         if record.update_digest != NO_DIGEST:
-            limit = update_wire_bytes_max(self.run)
-            data = await self._the_link().fetch("update", record.update_digest, size_max=limit)
-            size = len(data)
-            tensors = await asyncio.to_thread(self._read_update, data, record)
-        root = await asyncio.to_thread(self._replica.apply, tensors)
+            bundle = await self._bundle(record)
+            form, size, sections = bundle or await self._update(record)
+        root = await asyncio.to_thread(self._replica.apply, sections)
         self._totals.rounds += 1
-        self._totals.bytes_down += size
         log.info(
             "round",
             round=record.round,
             reason=record.reason.name.lower(),
             mine_counted=any(entry.peer == self._key.public and entry.weight for entry in record.entries),
-            contributors=sum(entry.weight > 0 for entry in record.entries),
+            contributors=len(accepted(record.entries)),
             loss=self._totals.loss,
-            update_bytes=size,
+            form=form,
+            bytes=size,
             state_root=root.hex(),
         )
         return Applied(record.round, root)
 
-    def _read_update(self, data: bytes, record: RoundRecord) -> list[UpdateTensor]:
-        update = update_from_wire(data, self.run)
-        if update.header.round != record.round or update.header.new_root != record.state_root:
-            raise ProtocolError(Code.WRONG_ROOT, "the update belongs to another round")
-        return check_update(update, self.run, digest=record.update_digest)
+    async def _update(self, record: RoundRecord) -> _Fetched:
+        limit = update_wire_bytes_max(self.run)
+        data = await self._the_link().fetch("update", record.update_digest, size_max=limit)
+        self._totals.update_bytes += len(data)
+        return "update", len(data), await asyncio.to_thread(sections_of_update, data, record, self.run)
+
+    async def _bundle(self, record: RoundRecord) -> _Fetched | None:
+        """Merge the round's packets where they are smaller than their update; None where that does not work out."""
+        offer, base = self._offer, self._machine.record
+        if offer is None or offer.record_digest != record.digest:
+            return None
+        assert base is not None, "an update follows a record"
+        try:
+            data = await self._the_link().fetch("bundle", record.digest, size_max=offer.size)
+            self._totals.bundle_bytes += len(data)
+            return (
+                "bundle",
+                len(data),
+                await asyncio.to_thread(sections_of_bundle, data, record, base.state_root, self.run),
+            )
+        except ProtocolError as error:
+            log.warning("the bundle is no good, so the update is fetched", round=record.round, why=str(error))
+            self._offer = None
+            return None
 
     async def _load_state(self, record: RoundRecord) -> ReplicaEvent:
         """Fetch the outer parameters piece by piece, each checked against its hash and all against the root."""
@@ -481,7 +529,9 @@ class Client:
             accepted=totals.accepted,
             tokens=totals.tokens,
             bytes_up=totals.bytes_up,
-            bytes_down=totals.bytes_down,
+            bytes_down=totals.update_bytes + totals.bundle_bytes,
+            update_bytes=totals.update_bytes,
+            bundle_bytes=totals.bundle_bytes,
             bits_per_value=8 * totals.bytes_up / totals.sent_values if totals.sent_values else None,
             inner_time_share=totals.inner_s / wall_s if wall_s else None,
             state_root=root.hex(),

@@ -22,7 +22,6 @@ from rich.console import Console
 
 from peer.errors import UserCode, UserError
 from peer.operator import OperatorFolder, RunPlace, new_run, read_settings
-from peer.replay import replay
 from peer.report import Curve, Summary, summary_table, write_report
 from peer.store import Home, RunFolder
 from peer.telemetry import Progress
@@ -240,6 +239,7 @@ def _report(swarm: Swarm, store: RunFolder, began_s: float) -> None:
     """Measure the run from outside: replay the ledger, evaluate, train alone, and write everything down."""
     from peer.core.generate import generate  # noqa: PLC0415  torch is not needed before
     from peer.export import export_folder  # noqa: PLC0415
+    from peer.replay import replay  # noqa: PLC0415
     from peer.solo import Bench  # noqa: PLC0415
 
     run, console = swarm.run, swarm.console
@@ -301,6 +301,8 @@ def _summary(
     opened_ms = RoundRecord.from_bytes(first.data).opened_ms
     closed_ms = RoundRecord.from_bytes(last.data).closed_ms
     rounds, peers = last.round, len(finished)
+    broadcasts = [event for event in swarm.programs["aggregator"].events if event["event"] == "broadcast"]
+    kernels = [event for peer in swarm.peers() if (event := peer.last("kernels")) is not None]
     return Summary(
         initial_val_loss=losses[0],
         final_val_loss=losses[1],
@@ -311,9 +313,13 @@ def _summary(
         parameters=run.layout.size,
         bytes_up_per_peer_round=sum(event["bytes_up"] for event in finished) / (peers * rounds),
         bytes_down_per_peer_round=sum(event["bytes_down"] for event in finished) / (peers * rounds),
+        update_bytes_per_round=sum(event["update_bytes"] for event in broadcasts) / max(len(broadcasts), 1),
+        bundle_bytes_per_round=sum(event["bundle_bytes"] for event in broadcasts) / max(len(broadcasts), 1),
+        rounds_by_bundle=sum(event["form"] == "bundle" for event in broadcasts),
         bits_per_value=sum(event["bits_per_value"] for event in finished) / peers,
         inner_time_share=sum(event["inner_time_share"] for event in finished) / peers,
         state_roots_equal=len(set(roots.values())) == 1,
         state_root=last.state_root.hex(),
         wall_s=(closed_ms - opened_ms) / 1000,
+        kernels=", ".join(sorted({": ".join(filter(None, (event["path"], event["why"]))) for event in kernels})),
     )

@@ -208,7 +208,6 @@ EXPLANATIONS: dict[Code, tuple[str, str]] = {
     Code.TOO_LARGE: ("something is larger than the run allows", _NEW_VERSION),
     Code.BAD_FRAME: ("a transport frame is malformed", _RESEND),
     Code.BAD_ZSTD: ("compressed bytes do not expand to what they declare", _RESEND),
-    Code.BAD_SCALE: ("a chunk's scale is outside the permitted range", _TRY_ELSEWHERE),
     Code.BAD_RATIO: ("a chunk's ratio is outside the permitted range", _TRY_ELSEWHERE),
     Code.BAD_BLOCKS: ("the table of gap bytes does not match the gap bytes", _TRY_ELSEWHERE),
     Code.BAD_INDEX: ("an index lies outside its chunk", _TRY_ELSEWHERE),

@@ -9,9 +9,8 @@ import struct
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from peer.errors import UserCode, UserError, os_errors
@@ -19,19 +18,20 @@ from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey, leaf_hash, merkle_root_of_hashes
 from protocol.invite import Invite
 from protocol.ledger import RoundRecord, check_record
-from protocol.limits import INVITE_CHARS_MAX, PIECE_BYTES, RECORD_BYTES_MAX, RUN_BYTES_MAX
-from protocol.packet import PACKET_HEADER_BYTES, Packet, PacketHeader, check_packet, packet_form
-from protocol.packing import SectionForm
+from protocol.limits import CONTRIBUTORS_MAX, INVITE_CHARS_MAX, PIECE_BYTES, RECORD_BYTES_MAX, RUN_BYTES_MAX
+from protocol.packet import PACKET_HEADER_BYTES, PacketHeader, check_packet
 from protocol.run import RunConfig, SignedRun
-from protocol.update import UPDATE_FORM, UPDATE_HEADER_BYTES, Update, UpdateHeader, check_update
+from protocol.update import UPDATE_HEADER_BYTES, UpdateHeader, check_update
 from protocol.wire import packet_from_wire, packet_wire_bytes_max, update_from_wire, update_wire_bytes_max
 
 HEAD_BYTES = 256
 SAFETENSORS_HEADER_BYTES_MAX = 100 << 20  # the limit of the format itself
 SUMMARY_BYTES_MAX = 1 << 20
-_Kind = TypeVar("_Kind")
+_PACKET = b"SLPK"
 _KEY_WORD = b"sparseloco-peer-key-1"
-_OTHER = "name a run.bin, packet, update, record, invite, key, state (.safetensors), token shard or summary.json"
+_OTHER = (
+    "name a run.bin, packet, update, bundle, record, invite, key, state (.safetensors), token shard or summary.json"
+)
 
 
 def inspect(file: Path, run: Path | None) -> list[str]:
@@ -45,6 +45,8 @@ def inspect(file: Path, run: Path | None) -> list[str]:
     config = None if run is None else _read_run(run).config
     if head[:4] in _BINARY:
         return _BINARY[head[:4]](file, size, config)
+    if head[4:8] == _PACKET:
+        return _bundle(file, size)
     if head.startswith(_KEY_WORD):
         return _key(file, size)
     if head.lstrip().startswith(b"slp"):
@@ -112,13 +114,26 @@ def _packet(file: Path, size: int, run: RunConfig | None) -> list[str]:
     if run is None:
         return [*lines, "not checked   name the run with --run run.bin to decode it in full"]
     data = _bytes_of(file, size, packet_wire_bytes_max(run), "a packet of this run")
-
-    def canonical() -> Packet:
-        return Packet(header, _canonical_sections(data, PACKET_HEADER_BYTES, run, packet_form(run)))
-
-    packet = _either_form(lambda: packet_from_wire(data, run), canonical)
-    tensors = check_packet(packet, run, round=header.round, base_root=header.base_root)
+    tensors = check_packet(packet_from_wire(data, run), run, round=header.round, base_root=header.base_root)
     return [*lines, *_values(size, sum(tensor.indices.size for tensor in tensors), run), "signature     valid"]
+
+
+def _bundle(file: Path, size: int) -> list[str]:
+    """The packets of a round as an aggregator offers them together (SPEC 11); only their headers are read."""
+    lines, start = list[str](), 0
+    with os_errors(file), file.open("rb") as opened:
+        while start < size:
+            opened.seek(start)
+            packet_bytes = int.from_bytes(opened.read(4), "little")
+            start += 4 + packet_bytes
+            header = PacketHeader.from_bytes(opened.read(min(packet_bytes, PACKET_HEADER_BYTES)))
+            if start > size or len(lines) == CONTRIBUTORS_MAX:
+                raise _damaged(file, "it ends inside a packet, or holds more packets than a round has")
+            lines.append(
+                f"  packet {header.digest.hex()[:16]} peer {header.peer.hex()[:16]} round {header.round} "
+                f"tokens {header.tokens:,} steps {header.inner_steps}, {packet_bytes:,} bytes"
+            )
+    return [f"bundle of {len(lines)} packets, {size:,} bytes, not checked", *lines]
 
 
 def _update(file: Path, size: int, run: RunConfig | None) -> list[str]:
@@ -135,45 +150,8 @@ def _update(file: Path, size: int, run: RunConfig | None) -> list[str]:
     if run is None:
         return [*lines, "not checked   name the run with --run run.bin to decode it in full"]
     data = _bytes_of(file, size, update_wire_bytes_max(run), "an update of this run")
-
-    def canonical() -> Update:
-        return Update(header, _canonical_sections(data, UPDATE_HEADER_BYTES, run, UPDATE_FORM))
-
-    update = _either_form(lambda: update_from_wire(data, run), canonical)
-    tensors = check_update(update, run, digest=header.digest)
+    tensors = check_update(update_from_wire(data, run), run, digest=header.digest)
     return [*lines, *_values(size, sum(tensor.indices.size for tensor in tensors), run)]
-
-
-def _either_form(wire: Callable[[], _Kind], canonical: Callable[[], _Kind]) -> _Kind:
-    """Read the transport form or else the canonical one; when it is neither, say what is wrong with the first."""
-    try:
-        return wire()
-    except ProtocolError as error:
-        if error.code == Code.OTHER_RUN:
-            raise
-        try:
-            return canonical()
-        except ProtocolError:
-            raise error from None
-
-
-def _canonical_sections(data: bytes, start: int, run: RunConfig, form: SectionForm) -> tuple[bytes, ...]:
-    """Cut the concatenated sections; their lengths follow from the layout and each section's own tables."""
-    sections = []
-    for tensor in run.layout.tensors:
-        chunks, fixed = tensor.chunks, form.fixed_bytes(tensor.size)
-        if len(data) - start < fixed:
-            raise ProtocolError(Code.TRUNCATED, "the bytes end inside a section")
-        heads = np.frombuffer(data, "<u2", chunks, start)
-        blocks_at = start + chunks * (2 + form.extra_bytes)
-        blocks = np.frombuffer(data, "<u4", (start + fixed - blocks_at) // 4, blocks_at)
-        values = form.value_bytes(int(form.counts(heads, tensor.size).sum()))
-        end = start + fixed + int(blocks.sum(dtype=np.int64)) + values
-        sections.append(data[start:end])
-        start = end
-    if start != len(data):
-        raise ProtocolError(Code.TRUNCATED if start > len(data) else Code.TRAILING, "the sections do not fill the file")
-    return tuple(sections)
 
 
 def _values(size: int, count: int, run: RunConfig) -> list[str]:
@@ -294,7 +272,7 @@ def _summary(file: Path, size: int) -> list[str]:
 
 _BINARY: dict[bytes, Callable[[Path, int, RunConfig | None], list[str]]] = {
     b"SLRN": _run,
-    b"SLPK": _packet,
+    _PACKET: _packet,
     b"SLUP": _update,
     b"SLRR": _record,
     b"SLTK": _shard,

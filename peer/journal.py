@@ -175,12 +175,12 @@ class Journal:
         return [RecordRow(*row) for row in rows]
 
     def blobs_of(self, round_number: int) -> list[tuple[str, bytes]]:
-        """Kind and digest of every blob that the round's rows name."""
+        """Kind and digest of every blob that the round's rows name; not every round has a bundle."""
         packets = [("packet", packet.digest) for packet in self.packets(round_number)]
         record = self.record(round_number)
-        return (
-            packets if record is None or not any(record.update_digest) else [*packets, ("update", record.update_digest)]
-        )
+        if record is None or not any(record.update_digest):
+            return packets
+        return [*packets, ("update", record.update_digest), ("bundle", record.digest)]
 
     # SQLite
 

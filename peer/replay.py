@@ -3,15 +3,17 @@
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from peer.core import codec
+from peer.merge import sections_of_update
 from peer.store import RunFolder
 from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST
 from protocol.layout import state_root
+from protocol.ledger import RoundRecord
 from protocol.run import RunConfig
-from protocol.update import apply_update, check_update
-from protocol.wire import update_from_wire
 
 
 def replay(
@@ -30,8 +32,8 @@ def replay(
         if row.update_digest != NO_DIGEST:
             data = store.blobs.get("update", row.update_digest.hex())
             assert data is not None, "updates since the last stored state are kept"
-            update = update_from_wire(data, run)
-            apply_update(flat, run.layout, check_update(update, run, digest=row.update_digest))
+            sections = sections_of_update(data, RoundRecord.from_bytes(row.data), run)
+            codec.outer_step(torch.from_numpy(flat), run.layout, sections)
         yield row.round, flat
     if state_root(flat) != rows[-1].state_root:
         raise ProtocolError(Code.BAD_STATE, f"the stored updates do not lead to the state of round {last}")

@@ -38,6 +38,12 @@ class Summary:
     """Bytes that a peer sent in a round, on average."""
     bytes_down_per_peer_round: float
     """Bytes that a peer received in a round, on average."""
+    update_bytes_per_round: float
+    """Bytes of a round's update in transport form, on average."""
+    bundle_bytes_per_round: float
+    """Bytes of a round's packets together, on average: the other form of the update."""
+    rounds_by_bundle: int
+    """Rounds in which the packets together were smaller than their update, so that peers fetched them instead."""
     bits_per_value: float
     """Bits of a packet for each value in it: header, tables, scales and signature included."""
     inner_time_share: float
@@ -48,6 +54,8 @@ class Summary:
     """The state root of the aggregator after the last round, hex."""
     wall_s: float
     """Seconds from the first round's opening to the last round's end."""
+    kernels: str
+    """What packets, merge and outer steps ran on."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ def summary_table(summary: Summary, state_roots: Mapping[str, str]) -> Table:
     table = Table(title="What the swarm did", show_header=False, min_width=72)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(justify="right")
+    bundle = f"{size_text(summary.bundle_bytes_per_round)} (smaller in {summary.rounds_by_bundle} rounds)"
     rows = [
         ("validation loss, before", f"{summary.initial_val_loss:.3f} nats a token"),
         ("validation loss, after", f"{summary.final_val_loss:.3f} ({_difference(gain)})"),
@@ -83,9 +92,11 @@ def summary_table(summary: Summary, state_roots: Mapping[str, str]) -> Table:
         ("tokens trained on", f"{summary.tokens:,}"),
         ("sent, a peer and round", size_text(summary.bytes_up_per_peer_round)),
         ("received, a peer and round", size_text(summary.bytes_down_per_peer_round)),
+        ("an update, a bundle of packets", f"{size_text(summary.update_bytes_per_round)}, {bundle}"),
         ("bits a sent value, all included", f"{summary.bits_per_value:.2f}"),
         ("wall time in inner steps", f"{100 * summary.inner_time_share:.0f} %"),
         ("wall time", duration(summary.wall_s)),
+        ("kernels", summary.kernels),
     ]
     for name, value in rows:
         table.add_row(name, value)

@@ -6,7 +6,7 @@ A home folder belongs to one program at a time:
     <home>/lock                             held while a program runs here
     <home>/log.jsonl                        one event a line (peer.telemetry)
     <home>/runs/<run_id>/journal.sqlite     records and packets (peer.journal)
-    <home>/runs/<run_id>/blobs/             packets and updates by digest
+    <home>/runs/<run_id>/blobs/             packets and updates by digest, bundles by record
     <home>/runs/<run_id>/states/            outer parameters by state root
 
 A file appears under its name only when it is complete and on the disk, so a power cut leaves old bytes or new bytes,
@@ -33,7 +33,7 @@ from protocol.identity import PrivateKey
 from protocol.layout import Layout, piece_hashes, state_root
 from protocol.limits import PIECE_BYTES
 
-BLOB_KINDS = ("packet", "update")
+BLOB_KINDS = ("packet", "update", "bundle")
 _TEMPORARY = ".tmp"
 _DIGEST_HEX = re.compile(r"[0-9a-f]{64}")
 _HASH_BYTES = 32
@@ -178,7 +178,7 @@ class RunFolder:
         self.journal.close()
 
     def forget(self, *, keep_rounds: int, blob_bytes_max: int) -> int:
-        """Delete the packets and updates of old rounds; return the bytes freed.
+        """Delete the packets, updates and bundles of old rounds; return the bytes freed.
 
         Those of the last `keep_rounds` rounds always stay, since a peer that comes back replays them. Of the older
         ones the newest stay as far as `blob_bytes_max` reaches. Journal rows stay: they are small and tell the story.

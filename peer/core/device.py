@@ -42,5 +42,9 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def set_threads(count: int) -> None:
-    """Use so many CPU threads for tensors in this process; 1 is right where several peers share a machine."""
-    torch.set_num_threads(count)
+    """Use so many CPU threads for tensors in this process, 0 for as many as torch finds right.
+
+    1 is right where several peers share a machine.
+    """
+    if count:
+        torch.set_num_threads(count)

@@ -57,7 +57,8 @@ class InnerOptimizer:
     def step(self, tokens: Tensor, step: int, micro_batch: int) -> float:  # i64[B, T + 1] on the CPU
         """Do inner step `step` of the run on one batch and return its mean loss in nats a token.
 
-        The batch goes through the model `micro_batch` sequences at a time; 0 means all at once.
+        The batch goes through the model `micro_batch` sequences at a time; 0 means all at once. Raises ValueError when
+        the loss or the gradient is no longer finite, before parameters and moments see it.
         """
         device = self.flat.values.device
         self.flat.gradients.zero_()
@@ -70,12 +71,16 @@ class InnerOptimizer:
             torch.autograd.backward(loss)
             total += loss.detach()
         norm = torch.linalg.vector_norm(self.flat.gradients)
+        # Both in one transfer: on a GPU each is a wait.
+        loss_value, norm_value = torch.stack((total, norm)).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise ValueError(f"training diverged at inner step {step} (loss {loss_value}); lower the learning rate")
         self.flat.gradients.mul_((self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self._adam.param_groups:
             group["lr"] = learning_rate(self.config, step, self.own_steps, self.total_steps)
         self._adam.step()
         self.own_steps += 1
-        return float(total)
+        return float(loss_value)
 
     def state(self) -> dict[str, Tensor]:
         """What a restart needs: both moments (f32[N], not copied) and the steps that they have seen (i64[])."""

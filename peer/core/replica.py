@@ -8,21 +8,20 @@ nothing that was learned is lost when a packet is late or refused.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from peer.core import codec
 from peer.core.flat import Flat, flatten
 from peer.core.inner import InnerOptimizer, autocast
 from peer.core.model import Llama, initial_parameters, layout_of
-from peer.core.outer import outer_step
-from peer.core.sparseloco import Sent, compress, error_feedback
+from peer.core.sparseloco import DIVERGED, Sent, error_feedback
 from protocol.layout import state_root
-from protocol.packing import SparseTensor
 from protocol.run import ModelConfig, RunConfig
-from protocol.update import UpdateTensor
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,8 @@ class Replica:
         """Do one inner step per batch until they end or `should_stop` says so between two steps.
 
         `on_step(steps, loss)` hears of every step. The learning rate follows the steps of the whole run, and
-        `round` counts from 1.
+        `round` counts from 1. Raises ValueError when training diverges; then `apply(())` starts again from the outer
+        parameters, and the residual is untouched.
         """
         steps, tokens, loss_sum = 0, 0, 0.0
         self.model.train()
@@ -100,27 +100,44 @@ class Replica:
             on_step(steps, loss)
         return Trained(steps, tokens, loss_sum / steps if steps else float("nan"))
 
-    def make_contribution(self) -> list[SparseTensor]:
+    def make_contribution(self) -> list[bytes]:
         """Take what the packet sends out of acc = beta * residual + (outer - local); the rest is the new residual.
 
-        Raises ValueError when training diverged; then the residual is as it was.
+        Returns the packet's sections. Raises ValueError when NaN or infinity has come into the parameters, which
+        `train_steps` mostly notices before. The residual is made in place, so it is then lost and starts again from 0.
         """
-        assert self._sent is None, "the last contribution is neither committed nor restored"
-        acc = self._acc()
-        tensors, sent = compress(acc, self.run.layout, self.run.compression.k, self.run.compression.code_bits)
-        self.residual, self._sent, self._taken = acc, sent, True
-        return tensors
+        self._demand_nothing_taken()
+        rules = self.run.compression
+        try:
+            sections, self._sent = codec.compress(
+                self.residual, self.outer, self.flat.values, self.run.layout, rules.beta, rules.k, rules.code_bits
+            )
+        except ValueError:
+            self.residual.zero_()
+            raise
+        self._taken = True
+        return sections
+
+    @property
+    def sent_values(self) -> int:
+        """How many values the contribution in flight sends."""
+        assert self._sent is not None, "there is no contribution in flight"
+        return len(self._sent.positions)
 
     def absorb(self) -> None:
         """Move what was trained since the last outer step into the residual without sending anything.
 
-        For a round that closed before the packet was made. Raises ValueError when training diverged.
+        For a round that closed before the packet was made. Raises ValueError when training diverged; then the
+        residual is as it was.
         """
-        assert self._sent is None, "the last contribution is neither committed nor restored"
-        acc = self._acc()
-        if not bool(torch.isfinite(acc).all()):
-            raise ValueError("training diverged: the parameters hold NaN or infinity; lower the learning rate")
-        self.residual, self._taken = acc, True
+        self._demand_nothing_taken()
+        layout = self.run.layout
+        spans = [slice(*ends) for ends in pairwise(layout.offsets)]
+        if not all(bool(torch.isfinite(self.flat.values[span]).all()) for span in spans):
+            raise ValueError(DIVERGED)
+        for span in spans:
+            error_feedback(self.residual[span], self.outer[span], self.flat.values[span], self.run.compression.beta)
+        self._taken = True
 
     def commit(self) -> None:
         """The record accepted our packet: what was sent has left for good."""
@@ -133,13 +150,14 @@ class Replica:
         self._sent.put_back(self.residual)
         self._sent = None
 
-    def apply(self, tensors: Sequence[UpdateTensor]) -> bytes:
-        """Take the outer step, start the local parameters from it and return the new state root.
+    def apply(self, sections: Sequence[bytes]) -> bytes:
+        """Take the outer step of an update's sections, which were checked, and start the local parameters from it.
 
-        A null round has no update: pass nothing, and only the local parameters start again.
+        Returns the new state root. A null round has no update: pass nothing, and only the local parameters start
+        again.
         """
-        if tensors:
-            outer_step(self.outer, self.run.layout, tensors)
+        if sections:
+            codec.outer_step(self.outer, self.run.layout, sections)
         return self._restart_local()
 
     def evaluate(self, batches: Iterable[NDArray[np.int64]]) -> float:  # i64[B, T + 1] each
@@ -190,9 +208,9 @@ class Replica:
             raise ValueError("the contribution in flight of the saved state does not fit this model")
         return Sent(positions, originals)
 
-    def _acc(self) -> Tensor:  # f32[N]
+    def _demand_nothing_taken(self) -> None:
+        assert self._sent is None, "the last contribution is neither committed nor restored"
         assert not self._taken, "the inner steps since the last outer step are already in the residual"
-        return error_feedback(self.residual, self.outer, self.flat.values, self.run.compression.beta)
 
     def _restart_local(self) -> bytes:
         self.flat.values.copy_(self.outer)

@@ -1,7 +1,7 @@
 """SparseLoCo's sender side in torch on any device, bit-equal to `protocol.compress` (SPEC 4; arXiv 2508.15706).
 
 `protocol.compress` is the reference in numpy and explains the steps. Here they run where the model is, and the
-residual is made in place of acc.
+residual is made in place of acc. `peer.core.codec` comes here where neither C++ nor Triton serves.
 """
 
 from collections.abc import Iterator
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from protocol.layout import Layout, kept
-from protocol.limits import CHUNK, GRID_BITS, RATIO_STEPS, SCALE_FIELD_MAX, SCALE_FIELD_MIN
+from protocol.layout import kept
+from protocol.limits import CHUNK, GRID_BITS, RATIO_STEPS, SCALE_MAX
 from protocol.packing import SparseTensor
+
+DIVERGED = "the pseudo-gradient holds NaN or infinity: training diverged; lower the learning rate"
 
 _BATCH_CHUNKS = 4096  # chunks worked on at once: 16M values, whose 64-bit keys take 128 MB
 
@@ -33,37 +35,28 @@ class Sent:
 class _Quantized:
     """Chunks of one length, all on the device. Absent chunks have scale 0 and their values are still listed."""
 
-    scales: Tensor  # i64[c] bfloat16 bits
+    scales: Tensor  # i64[c]
     ratios: Tensor  # i64[c]
     columns: Tensor  # i64[c, kept] ascending
     codes: Tensor  # i64[c, kept]
 
 
-def error_feedback(residual: Tensor, outer: Tensor, local: Tensor, beta: float) -> Tensor:  # f32[N] each -> f32[N]
-    """Return acc = beta * residual + (outer - local). Two roundings: a fused multiply-add would give other bits."""
-    return residual.mul(beta).add_(outer - local)
+def error_feedback(residual: Tensor, outer: Tensor, local: Tensor, beta: float) -> None:  # f32[N] each
+    """Turn the residual into acc = beta * residual + (outer - local), in place.
+
+    Two roundings: a fused multiply-add would give other bits.
+    """
+    residual.mul_(beta).add_(outer - local)
 
 
-def compress(acc: Tensor, layout: Layout, k: int, code_bits: int) -> tuple[list[SparseTensor], Sent]:  # acc: f32[N]
-    """Take the largest values of each chunk out of acc, which becomes the residual in place.
+def compress_tensor(acc: Tensor, k: int, code_bits: int) -> tuple[SparseTensor, Sent]:  # acc: f32[L], in place
+    """Take the largest values of each chunk of one tensor out of acc, which becomes the residual.
 
-    Returns one sparse tensor per tensor of the layout, and what was taken. Raises ValueError on NaN or infinity and
+    Returns what is sent, and what was taken, with positions in this tensor. Raises ValueError on NaN or infinity and
     leaves acc as it was.
     """
-    assert acc.dtype == torch.float32 and acc.shape == (layout.size,)
     if not bool(torch.isfinite(acc).all()):
-        raise ValueError("the pseudo-gradient holds NaN or infinity: training diverged; lower the learning rate")
-    sparse, positions, originals = [], [], []
-    for tensor, offset in zip(layout.tensors, layout.offsets, strict=False):
-        part, where, what = _compress_tensor(acc[offset : offset + tensor.size], k, code_bits)
-        sparse.append(part)
-        positions.append(where + offset)
-        originals.append(what)
-    return sparse, Sent(torch.cat(positions), torch.cat(originals))
-
-
-def _compress_tensor(acc: Tensor, k: int, code_bits: int) -> tuple[SparseTensor, Tensor, Tensor]:  # f32[L], in place
-    """Compress one tensor; also return the positions (i64[m]) and the values (f32[m]) that were taken."""
+        raise ValueError(DIVERGED)
     scales, ratios, indices, codes, originals = [], [], [], [], []
     for start, rows, count in _batches(acc, k):
         # MPS can neither sort 64-bit keys nor hold float64.
@@ -81,12 +74,12 @@ def _compress_tensor(acc: Tensor, k: int, code_bits: int) -> tuple[SparseTensor,
     where = torch.cat(indices)
     sparse = SparseTensor(
         acc.numel(),
-        torch.cat(scales).cpu().numpy().astype("uint16"),
+        torch.cat(scales).cpu().numpy().astype("uint8"),
         torch.cat(ratios).cpu().numpy().astype("uint8"),
         where.cpu().numpy(),
         torch.cat(codes).cpu().numpy().astype("uint8"),
     )
-    return sparse, where.to(acc.device), torch.cat(originals)
+    return sparse, Sent(where.to(acc.device), torch.cat(originals))
 
 
 def _batches(acc: Tensor, k: int) -> Iterator[tuple[int, Tensor, int]]:  # f32[L] -> start, f32[c, width], kept
@@ -99,48 +92,64 @@ def _batches(acc: Tensor, k: int) -> Iterator[tuple[int, Tensor, int]]:  # f32[L
 
 
 def _quantize(rows: Tensor, count: int, code_bits: int) -> _Quantized:  # f32[c, width]
-    """Keep `count` values of each chunk and quantize them."""
+    """Keep `count` values of each chunk and quantize them; the numbers are the steps of SPEC 4."""
     bits = rows.view(torch.int32)
     width = rows.shape[1]
-    # No two keys are equal, so every device picks the same ones: a larger magnitude first, then a lower index.
+    # 2. No two keys are equal, so every device picks the same ones: a larger magnitude first, then a lower index.
     ranks = torch.arange(CHUNK - 1, CHUNK - 1 - width, -1, device=rows.device)
     keys = ((bits & 0x7FFFFFFF).long() << 12) | ranks
     columns = (CHUNK - 1 - (keys.topk(count, dim=1, sorted=False).values & (CHUNK - 1))).sort(dim=1).values
     sent = bits.gather(1, columns).long()
+    # 3. Magnitudes as integers.
     field = (sent >> 23) & 0xFF
     exponent = field.clamp(min=1)
     mantissa = (sent & 0x7FFFFF) | ((field > 0).long() << 23)
     top = exponent.amax(dim=1)
     fixed = (mantissa << 6) >> (top[:, None] - exponent).clamp(max=30)  # unit 2^(top - 156)
-
-    total = fixed.sum(dim=1)
-    high = fixed * count > total[:, None]
-    high |= ~high.any(dim=1, keepdim=True) | (code_bits == 1)
-    high_count = high.sum(dim=1)
-    high_sum = (fixed * high).sum(dim=1)
-    high_mean = high_sum // high_count
-    low_mean = (total - high_sum) // (count - high_count).clamp(min=1)
-
-    # frexp of an exact float64 gives the bit length.
-    drop = (torch.frexp(high_mean.double()).exponent.long() - 8).clamp(min=0)
-    digits = (high_mean + ((1 << drop) >> 1)) >> drop
-    carry = digits == 256
-    digits, drop = torch.where(carry, 128, digits), drop + carry.long()
-    scale_field = top + drop - 22
+    # 4. Two means.
+    if code_bits == 1:
+        is_high = torch.ones_like(fixed, dtype=torch.bool)
+        high, low = _means(fixed, is_high)
+    else:
+        is_high = _some(fixed * count > fixed.sum(dim=1)[:, None])
+        high, low = _means(fixed, is_high)
+        is_high = _some(2 * fixed > (high + low)[:, None])
+        high, low = _means(fixed, is_high)
+    # 5. The high mean becomes the scale; frexp of an exact float64 gives the bit length.
+    drop = (torch.frexp(high.double()).exponent.long() - 4).clamp(min=0)
+    digits = (high + ((1 << drop) >> 1)) >> drop
+    carry = digits == 16
+    digits, drop = torch.where(carry, 8, digits), drop + carry.long()
     scale = (digits << drop).clamp(min=1)
-    ratios = (RATIO_STEPS - (128 * low_mean + scale) // (2 * scale)).clamp(0, RATIO_STEPS - 1)
-    ratios = torch.where(high_count == count, 0, ratios)
+    # 6. The ratio of the low mean to the scale, and the codes by what the receiver will read.
+    ratios = (RATIO_STEPS - (128 * low + scale) // (2 * scale)).clamp(0, RATIO_STEPS - 1)
+    ratios = torch.where(is_high.all(dim=1), 0, ratios)
+    again = 2 * fixed > (scale + ((scale * (RATIO_STEPS - ratios)) >> 6))[:, None]
+    mixed = again.any(dim=1) & ~again.all(dim=1)
+    is_high = torch.where(mixed[:, None], again, is_high) | (ratios == 0)[:, None]
+    # 7. One byte a chunk; below its range the chunk is absent, above it the scale is the largest.
+    scales = (((top + drop - 123) << 3) + (digits - 8)).clamp(0, SCALE_MAX)
+    codes = ((sent >> 31) & 1) | ((~is_high).long() << 1)
+    return _Quantized(scales, torch.where(scales != 0, ratios, 0), columns, codes)
 
-    scales = (scale_field << 7) | (digits & 127)
-    scales = torch.where(scale_field > SCALE_FIELD_MAX, (SCALE_FIELD_MAX << 7) | 127, scales)
-    present = scale_field >= SCALE_FIELD_MIN
-    codes = ((sent >> 31) & 1) | ((~high & (ratios > 0)[:, None]).long() << 1)
-    return _Quantized(torch.where(present, scales, 0), torch.where(present, ratios, 0), columns, codes)
+
+def _some(is_high: Tensor) -> Tensor:  # bool[c, kept]
+    """Where no value of a chunk is high, all are."""
+    return is_high | ~is_high.any(dim=1, keepdim=True)
+
+
+def _means(fixed: Tensor, is_high: Tensor) -> tuple[Tensor, Tensor]:  # i64[c, kept], bool[c, kept] -> i64[c], i64[c]
+    """The mean of the high values of each chunk and that of the low ones, or the high one again without any."""
+    high_count = is_high.sum(dim=1)
+    high_sum = (fixed * is_high).sum(dim=1)
+    low_count = fixed.shape[1] - high_count
+    high = high_sum // high_count
+    return high, torch.where(low_count == 0, high, (fixed.sum(dim=1) - high_sum) // low_count.clamp(min=1))
 
 
 def _dequantize(q: _Quantized) -> Tensor:  # -> f32[c, kept]
     """The sent values as float32, exact; those of absent chunks mean nothing."""
-    high = ((q.scales & 127) | 128) << ((q.scales >> 7) - (SCALE_FIELD_MIN - 1)).clamp(min=0)
+    high = (8 + (q.scales & 7)) << ((q.scales >> 3) + 5)
     low = (high * (RATIO_STEPS - q.ratios)) >> 6
     magnitudes = torch.where((q.codes & 2) != 0, low[:, None], high[:, None])
     return torch.where((q.codes & 1) != 0, -magnitudes, magnitudes).float() * 2.0**-GRID_BITS

@@ -32,3 +32,5 @@ def test_threads_are_set_by_the_caller() -> None:
     assert torch.get_num_threads() == 2
     set_threads(1)
     assert torch.get_num_threads() == 1
+    set_threads(0)
+    assert torch.get_num_threads() == 1, "0 leaves the choice as it is"

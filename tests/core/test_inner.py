@@ -116,3 +116,16 @@ def test_foreign_moments_are_refused() -> None:
         inner.load_state({**state, "first": torch.zeros(3)})
     with pytest.raises(ValueError, match="do not fit"):
         inner.load_state({**state, "second": inner.second.double()})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_divergence_reaches_neither_parameters_nor_moments(bad: float) -> None:
+    inner = optimizer_of(InnerConfig(learning_rate=0.01, warmup_steps=0))
+    inner.step(batch(0), 0, 0)
+    place = int(inner.first.abs().argmax())
+    inner.flat.values[place] = bad
+    before = {name: value.clone() for name, value in inner.state().items()} | {"values": inner.flat.values.clone()}
+    with pytest.raises(ValueError, match="diverged at inner step 1"):
+        inner.step(batch(1), 1, 0)
+    after = {**inner.state(), "values": inner.flat.values}
+    assert all(torch.equal(after[name].nan_to_num(), before[name].nan_to_num()) for name in before)

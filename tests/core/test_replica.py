@@ -7,13 +7,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from peer.core import codec
 from peer.core.replica import Replica, Trained, initial_state
-from protocol.arithmetic import Contribution, merge
 from protocol.layout import state_root
 from protocol.limits import CLIP_ONE, WEIGHT_UNIT
-from protocol.packing import SparseTensor
 from protocol.run import InnerConfig, ModelConfig, RunConfig
-from protocol.update import UpdateTensor
 
 MakeRun = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -39,9 +37,11 @@ def train(replica: Replica, round: int, batches: Iterable[NDArray[np.int64]]) ->
     return replica.train_steps(round, batches, lambda: False, quiet)
 
 
-def merged(run: RunConfig, contributions: list[list[SparseTensor]]) -> list[UpdateTensor]:
-    accepted = [Contribution(tensors, WEIGHT_UNIT, CLIP_ONE) for tensors in contributions]
-    return merge(accepted, run.layout, run.outer.rule, run.outer.alpha_q16)
+def merged(run: RunConfig, packets: list[list[bytes]]) -> list[bytes]:
+    rules, count = run.compression, len(packets)
+    weights, clips = [WEIGHT_UNIT] * count, [CLIP_ONE] * count
+    outer = run.outer
+    return codec.merge(packets, weights, clips, run.layout, rules.k, rules.code_bits, outer.rule, outer.alpha_q16)
 
 
 def bits(tensor: torch.Tensor) -> NDArray[np.uint32]:
@@ -100,9 +100,10 @@ def test_restore_is_bit_exact_and_commit_is_final(make_run: MakeRun) -> None:
         train(each, 1, text_batches(run, 1, 3))
     absorbing.absorb()
     acc = bits(absorbing.residual)
-    tensors = replica.make_contribution()
+    sections = replica.make_contribution()
     drained = bits(replica.residual)
-    assert sum(len(tensor.indices) for tensor in tensors) > 500
+    rules = run.compression
+    assert replica.sent_values == codec.check_sections(sections, run.layout, rules.k, rules.code_bits) > 500
     assert not np.array_equal(drained, acc)
     replica.restore()
     np.testing.assert_array_equal(bits(replica.residual), acc)
@@ -121,8 +122,8 @@ def test_sent_plus_residual_is_acc(make_run: MakeRun) -> None:
     for each in (replica, absorbing):
         train(each, 1, text_batches(run, 1, 3))
     absorbing.absorb()
-    tensors = replica.make_contribution()
-    update = merged(dataclasses.replace(run, outer=dataclasses.replace(run.outer, alpha=1.0)), [tensors])
+    sections = replica.make_contribution()
+    update = merged(dataclasses.replace(run, outer=dataclasses.replace(run.outer, alpha=1.0)), [sections])
     before = replica.outer_state().astype(np.float64)
     replica.commit()
     replica.apply(update)
@@ -159,18 +160,17 @@ def test_a_restart_continues_bit_for_bit(make_run: MakeRun) -> None:
     run = make_run()
     one, other = replica_of(run), replica_of(run)
     train(one, 1, text_batches(run, 1, 5))
-    tensors = one.make_contribution()
+    sections = one.make_contribution()
     saved = {name: value.clone() for name, value in one.state().items()}
     assert other.load_state(saved) == run.genesis_root
-    update = merged(run, [tensors])
+    update = merged(run, [sections])
     roots = set()
     for replica in (one, other):
         replica.restore()
         roots.add(replica.apply(update))
         train(replica, 2, text_batches(run, 2, 5))
     assert len(roots) == 1
-    first, second = one.make_contribution(), other.make_contribution()
-    assert all(np.array_equal(a.indices, b.indices) for a, b in zip(first, second, strict=True))
+    assert one.make_contribution() == other.make_contribution()
     np.testing.assert_array_equal(bits(one.residual), bits(other.residual))
 
 
@@ -191,20 +191,40 @@ def test_outer_parameters_come_from_bytes_that_cannot_be_written(make_run: MakeR
     assert replica.load_outer(np.frombuffer(state.tobytes(), np.float32)) == state_root(state)
 
 
-def test_divergence_leaves_the_residual_alone(make_run: MakeRun) -> None:
-    run = make_run()
+def with_a_residual(run: RunConfig) -> Replica:
     replica = replica_of(run)
     train(replica, 1, text_batches(run, 1, 2))
     replica.absorb()
     replica.apply(())
+    assert float(replica.residual.abs().max()) > 0
+    return replica
+
+
+def test_training_that_diverges_is_noticed_before_the_residual_is_touched(make_run: MakeRun) -> None:
+    run = make_run()
+    replica = with_a_residual(run)
     before = bits(replica.residual)
     replica.flat.values[17] = math.nan
-    for attempt in (replica.make_contribution, replica.absorb):
-        with pytest.raises(ValueError, match="diverged"):
-            attempt()
+    with pytest.raises(ValueError, match="diverged at inner step 5"):
+        train(replica, 2, text_batches(run, 2, 1))
+    with pytest.raises(ValueError, match="diverged"):
+        replica.absorb()
     np.testing.assert_array_equal(bits(replica.residual), before)
     assert replica.apply(()) == run.genesis_root
+    assert train(replica, 2, text_batches(run, 2, 1)).steps == 1
+
+
+@pytest.mark.parametrize("place", [17, -1])
+def test_divergence_in_the_very_last_step_costs_the_residual_and_nothing_else(make_run: MakeRun, place: int) -> None:
+    run = make_run()
+    replica = with_a_residual(run)
+    replica.flat.values[place] = math.nan
+    with pytest.raises(ValueError, match="diverged"):
+        replica.make_contribution()
+    assert not bool(replica.residual.any())
+    assert replica.apply(()) == run.genesis_root
     assert math.isfinite(replica.evaluate(text_batches(run, 1, 1)))
+    replica.make_contribution()
 
 
 def test_nothing_is_counted_or_settled_twice(make_run: MakeRun) -> None:

@@ -15,9 +15,10 @@ from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey
 from protocol.ledger import genesis_record
 from protocol.packet import Packet, make_packet
+from protocol.packing import encode_section
 from protocol.run import RunConfig, parse_settings
-from protocol.update import Update, make_update, to_update_tensor
-from protocol.wire import packet_to_wire, update_to_wire
+from protocol.update import Update, encode_update_section, make_update, to_update_tensor
+from protocol.wire import bundle_to_wire, packet_to_wire, update_to_wire
 from tests.peer.swarm import SETTINGS
 
 
@@ -30,9 +31,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = OperatorFolder(folder / "run").load()[0].config
     packet, update = a_packet(run), an_update(run)
     (folder / "packet").write_bytes(packet_to_wire(packet, run))
-    (folder / "packet-plain").write_bytes(packet.header.to_bytes() + b"".join(packet.sections))
+    (folder / "bundle").write_bytes(bundle_to_wire([packet_to_wire(packet, run)] * 2))
     (folder / "update").write_bytes(update_to_wire(update, run))
-    (folder / "update-plain").write_bytes(update.header.to_bytes() + b"".join(update.sections))
     key = load_key(folder / "run" / "aggregator" / "key")
     (folder / "record").write_bytes(genesis_record(run, key, 1_700_000_000_000).to_bytes())
     shutil.copy(folder / "run" / "run.bin", folder / "run.bin")
@@ -52,14 +52,16 @@ def run_of(folder: Path) -> RunConfig:
 def a_packet(run: RunConfig) -> Packet:
     random = np.random.default_rng(7)
     parts = [random.standard_normal(tensor.size).astype(np.float32) * 1e-3 for tensor in run.layout.tensors]
-    tensors = [compress(part, run.compression.k, run.compression.code_bits)[0] for part in parts]
-    return make_packet(run, PrivateKey.from_bytes(bytes(range(32))), 1, run.genesis_root, 320, 5, tensors)
+    k, code_bits = run.compression.k, run.compression.code_bits
+    sections = [encode_section(compress(part, k, code_bits)[0], k, code_bits) for part in parts]
+    return make_packet(run, PrivateKey.from_bytes(bytes(range(32))), 1, run.genesis_root, 320, 5, sections)
 
 
 def an_update(run: RunConfig) -> Update:
     random = np.random.default_rng(8)
     steps = [random.integers(-(1 << 20), 1 << 20, tensor.size) for tensor in run.layout.tensors]
-    return make_update(run, 1, run.genesis_root, bytes(32), [to_update_tensor(step) for step in steps])
+    sections = [encode_update_section(to_update_tensor(step)) for step in steps]
+    return make_update(run, 1, run.genesis_root, bytes(32), sections)
 
 
 def test_a_run_shows_its_name_keys_and_sizes(made: Path) -> None:
@@ -69,10 +71,9 @@ def test_a_run_shows_its_name_keys_and_sizes(made: Path) -> None:
     assert f"{run.layout.size:,} in {len(run.layout.tensors)} tensors" in text
 
 
-@pytest.mark.parametrize("form", ["packet", "packet-plain"])
-def test_a_packet_is_decoded_in_both_forms(made: Path, form: str) -> None:
+def test_a_packet_is_decoded_in_full_where_the_run_is_known(made: Path) -> None:
     header = a_packet(run_of(made)).header
-    short, full = inspect(made / form, None), inspect(made / form, made / "run.bin")
+    short, full = inspect(made / "packet", None), inspect(made / "packet", made / "run.bin")
     for lines in (short, full):
         assert f"digest        {header.digest.hex()}" in lines and "round         1" in lines
     assert any(line.startswith("not checked") for line in short)
@@ -81,10 +82,22 @@ def test_a_packet_is_decoded_in_both_forms(made: Path, form: str) -> None:
     assert "signature     valid" in full
 
 
-@pytest.mark.parametrize("form", ["update", "update-plain"])
-def test_an_update_is_decoded_in_both_forms(made: Path, form: str) -> None:
+def test_a_bundle_lists_its_packets(made: Path) -> None:
+    first, *packets = inspect(made / "bundle", None)
+    assert first.startswith("bundle of 2 packets, ")
+    assert len(packets) == 2 and all(a_packet(run_of(made)).header.digest.hex()[:16] in line for line in packets)
+
+
+@pytest.mark.parametrize("cut", [8, 9, 100, -1])
+def test_a_bundle_that_ends_inside_a_packet_is_refused(made: Path, tmp_path: Path, cut: int) -> None:
+    (tmp_path / "cut").write_bytes((made / "bundle").read_bytes()[:cut])
+    with pytest.raises((UserError, ProtocolError)):
+        inspect(tmp_path / "cut", None)
+
+
+def test_an_update_is_decoded_in_full(made: Path) -> None:
     header = an_update(run_of(made)).header
-    full = inspect(made / form, made / "run.bin")
+    full = inspect(made / "update", made / "run.bin")
     assert f"digest        {header.digest.hex()}" in full
     assert any(line.startswith("bits a value") for line in full)
 
@@ -111,7 +124,7 @@ def test_the_other_kinds(made: Path) -> None:
     assert any(line.split() == ["final_val_loss", "2.5"] for line in inspect(made / "summary", None))
 
 
-KINDS = ["run.bin", "packet", "packet-plain", "update", "update-plain", "record", "invite", "key", "shard", "state"]
+KINDS = ["run.bin", "packet", "update", "record", "invite", "key", "shard", "state"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "summary"])

@@ -46,7 +46,11 @@ def test_what_was_written_is_there_after_reopening(tmp_path: Path) -> None:
     assert journal.packet(digest(3)) == packet(3)
     assert journal.packet(digest(4)) is None and journal.record_by_digest(digest(4)) is None
     assert journal.meta("run") == b"signed" and journal.meta("other") is None
-    assert journal.blobs_of(1) == [("packet", digest(n)) for n in (3, 2, 1)] + [("update", digest(301))]
+    assert journal.blobs_of(1) == [
+        *(("packet", digest(n)) for n in (3, 2, 1)),
+        ("update", digest(301)),
+        ("bundle", digest(101)),
+    ]
     journal.close()
 
 

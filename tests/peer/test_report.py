@@ -23,11 +23,15 @@ SUMMARY = Summary(
     parameters=900_000,
     bytes_up_per_peer_round=51_234.5,
     bytes_down_per_peer_round=120_000.0,
+    update_bytes_per_round=81_000.0,
+    bundle_bytes_per_round=99_500.0,
+    rounds_by_bundle=3,
     bits_per_value=9.61,
     inner_time_share=0.873,
     state_roots_equal=True,
     state_root=ROOT,
     wall_s=183.4,
+    kernels="C++ (AVX2)",
 )
 CURVES = [
     Curve("swarm of 4", [0, 1000, 2000, 3000], [5.55, 3.9, 2.8, 2.25]),
@@ -44,7 +48,8 @@ def shown(summary: Summary, roots: dict[str, str]) -> str:
 def test_summary_json_has_the_agreed_keys() -> None:
     agreed = (
         "initial_val_loss final_val_loss solo_val_loss rounds peers tokens parameters bytes_up_per_peer_round "
-        "bytes_down_per_peer_round bits_per_value inner_time_share state_roots_equal state_root wall_s"
+        "bytes_down_per_peer_round update_bytes_per_round bundle_bytes_per_round rounds_by_bundle bits_per_value "
+        "inner_time_share state_roots_equal state_root wall_s kernels"
     )
     assert list(json.loads(summary_json(SUMMARY))) == agreed.split()
     assert Summary(**json.loads(summary_json(SUMMARY))) == SUMMARY
@@ -66,6 +71,8 @@ def test_the_table_tells_losses_traffic_and_roots() -> None:
         "51.2 kB",
         "120 kB",
         "9.61",
+        "81 kB, 99.5 kB (smaller in 3 rounds)",
+        "C++ (AVX2)",
     ):
         assert words in text
     assert "87 %" in text and "3:03" in text

@@ -1,0 +1,253 @@
+"""Two forms of one update: whichever a peer takes, and whatever an aggregator says of a bundle, the bits are the same.
+
+Real aggregators and peers over real sockets, in one process, so that an aggregator can be made to lie.
+"""
+
+import asyncio
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peer.aggregator import Aggregator
+from peer.client import Client
+from peer.config import PeerConfig
+from peer.merge import accepted, sections_of_bundle, sections_of_update
+from peer.net.messages import RoundClosed
+from peer.net.service import serve
+from peer.operator import OperatorFolder, RunPlace, new_run
+from peer.replay import replay
+from peer.store import Home, RunFolder, atomic_write, load_key
+from peer.telemetry import Telemetry
+from protocol.errors import Code, ProtocolError
+from protocol.identity import PrivateKey
+from protocol.layout import state_root
+from protocol.ledger import RoundRecord
+from protocol.limits import WEIGHT_UNIT
+from protocol.run import RunConfig, parse_settings
+from protocol.wire import bundle_bytes_max, bundle_to_wire
+from tests.peer.swarm import SETTINGS, Event
+
+pytestmark = [pytest.mark.slow, pytest.mark.net]
+
+ROUNDS = 7
+PEERS = ("one", "two")
+
+
+class UpdatesOnly(Aggregator):
+    """An aggregator that never offers a bundle."""
+
+    def _choose_form(self, record: RoundRecord) -> None:
+        pass
+
+
+class BundlesOnly(Aggregator):
+    """An aggregator that always offers a bundle, and says that the update is larger."""
+
+    def _choose_form(self, record: RoundRecord) -> None:
+        packets = [self._stored_packet(entry) for entry in accepted(record.entries)]
+        self._folder.blobs.put("bundle", record.digest.hex(), bundle_to_wire(packets))
+
+    def _closed_event(self) -> RoundClosed:
+        event = super()._closed_event()
+        return RoundClosed(event.record, event.bundle_bytes + 1, event.bundle_bytes)
+
+
+class Liar(BundlesOnly):
+    """An aggregator whose bundles are wrong in another way each round; only the last one is good."""
+
+    async def blob(self, kind: str, digest: bytes) -> bytes | Path | None:
+        found = await super().blob(kind, digest)
+        if kind != "bundle" or not isinstance(found, Path):
+            return found
+        data = found.read_bytes()
+        first_end = 4 + int.from_bytes(data[:4], "little")
+        lies = {
+            1: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
+            2: data[:-1],
+            3: None,
+            4: data + b"x",
+            5: data[first_end:] + data[:first_end],
+        }
+        return lies.get(self.head.round, data)
+
+    def _closed_event(self) -> RoundClosed:
+        event = super()._closed_event()
+        huge = bundle_bytes_max(self.run, 2) + 1
+        return RoundClosed(event.record, 2 * huge, huge) if self.head.round == 6 else event
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run, so that all swarms of this file train the same model on the same data with the same keys."""
+    folder = tmp_path_factory.mktemp("bundle")
+    settings = parse_settings(SETTINGS.format(rounds=ROUNDS, steps=4, grace_s=3.0))
+    patient = dataclasses.replace(settings.rounds, grace_s_max=60.0, deadline_s=100.0)
+    # So many values that the bundle is the larger form in the first round and the smaller one in the last.
+    dense = dataclasses.replace(settings.compression, k=2048)
+    new_run(
+        dataclasses.replace(settings, rounds=patient, compression=dense),
+        folder / "run",
+        RunPlace("127.0.0.1", 7700, 7701),
+    )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+async def swarm(folder: Path, run_folder: Path, kind: type[Aggregator]) -> list[Event]:
+    """Let two peers finish the run with such an aggregator, and return everything that was logged."""
+    shutil.copytree(run_folder / "run", folder / "run")
+    operator = OperatorFolder(folder / "run")
+    signed, invite = operator.load()
+    home, stop = Home(operator.aggregator_home), asyncio.Event()
+    key, run_id, tls = load_key(home.key_path), signed.config.run_id, operator.tls()
+    (run_folder / "data").mkdir(exist_ok=True)
+    log, silent = folder / "log", io.StringIO()
+    with (
+        Telemetry("swarm", file=log, json_stdout=False, stderr=silent) as telemetry,
+        closing(home.run(run_id)) as store,
+    ):
+        program = kind(signed, key, store)
+        server = await serve(
+            program, host="127.0.0.1", port=0, key=key, run_id=run_id, tls=tls, spool=home.path / "spool"
+        )
+        places = (f"127.0.0.1:{server.port}",)
+        here = dataclasses.replace(invite, addresses=places, bootstraps=(), certificate_sha256=tls.fingerprint)
+        clients = []
+        for number, name in enumerate(PEERS):
+            peer = Home(folder / name)
+            (peer.path / "data").symlink_to(run_folder / "data")
+            secret = PrivateKey.from_bytes(bytes([number + 1]) * 32).to_text()
+            atomic_write(peer.key_path, secret.encode("ascii"), mode=0o600)
+            config = PeerConfig(home=peer.path, device="cpu", dtype="float32", threads=1)
+            clients.append(Client(here, peer, config, telemetry, stop))
+        try:
+            async with asyncio.timeout(100):
+                await asyncio.gather(*(client.join() for client in clients))
+        finally:
+            await server.close(0.5)
+            await program.close()
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def fields(events: list[Event], event: str, field: str) -> list[Any]:
+    return [each[field] for each in events if each["event"] == event]
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> tuple[Path, list[Event]]:
+    """A swarm whose aggregator offers what is smaller."""
+    folder = tmp_path_factory.mktemp("honest")
+    return folder, asyncio.run(swarm(folder, run_folder, Aggregator))
+
+
+def roots(events: list[Event]) -> list[str]:
+    """The state root after each round; both peers ended with the last one, and no packet was missed."""
+    assert fields(events, "round closed", "accepted") == [len(PEERS)] * ROUNDS
+    found: list[str] = fields(events, "round closed", "state_root")
+    assert fields(events, "finished", "state_root") == [found[-1]] * len(PEERS)
+    return found
+
+
+def test_the_aggregator_offers_what_is_smaller_and_peers_take_it(honest: tuple[Path, list[Event]]) -> None:
+    _, events = honest
+    assert len(set(roots(events))) == ROUNDS
+    broadcasts = [event for event in events if event["event"] == "broadcast"]
+    forms = ["bundle" if event["bundle_bytes"] < event["update_bytes"] else "update" for event in broadcasts]
+    assert (forms[0], forms[-1]) == ("update", "bundle")
+    assert [event["form"] for event in broadcasts] == forms
+    assert "2 packets together are not smaller" in broadcasts[0]["why"]
+    assert "2 packets together are smaller" in broadcasts[-1]["why"]
+    sizes = [event[f"{form}_bytes"] for event, form in zip(broadcasts, forms, strict=True)]
+    for number, form, size in zip(range(1, ROUNDS + 1), forms, sizes, strict=True):
+        taken = [(e["form"], e["bytes"]) for e in events if e["event"] == "round" and e["round"] == number]
+        assert taken == [(form, size)] * len(PEERS), number
+    for peer in (event for event in events if event["event"] == "finished"):
+        assert peer["bytes_down"] == peer["bundle_bytes"] + peer["update_bytes"] == sum(sizes)
+    assert len(fields(events, "kernels", "path")) == len(PEERS)
+
+
+@pytest.mark.parametrize("kind", [UpdatesOnly, BundlesOnly])
+async def test_either_form_leads_to_the_same_roots(
+    tmp_path: Path, run_folder: Path, honest: tuple[Path, list[Event]], kind: type[Aggregator]
+) -> None:
+    events = await swarm(tmp_path, run_folder, kind)
+    form = "update" if kind is UpdatesOnly else "bundle"
+    assert fields(events, "round", "form") == [form] * len(PEERS) * ROUNDS
+    assert roots(events) == roots(honest[1])
+
+
+async def test_a_lying_bundle_costs_bytes_and_nothing_else(
+    tmp_path: Path, run_folder: Path, honest: tuple[Path, list[Event]]
+) -> None:
+    events = await swarm(tmp_path, run_folder, Liar)
+    for number in range(1, ROUNDS + 1):
+        taken = [event["form"] for event in events if event["event"] == "round" and event["round"] == number]
+        assert taken == ["update" if number < ROUNDS else "bundle"] * len(PEERS), number
+    refused = fields(events, "the bundle is no good, so the update is fetched", "round")
+    assert sorted(refused) == [number for number in range(1, 6) for _ in PEERS], "the huge one was never asked for"
+    assert roots(events) == roots(honest[1])
+
+
+def stored(folder: Path) -> tuple[RunConfig, RunFolder]:
+    run = OperatorFolder(folder / "run").load()[0].config
+    return run, Home(folder / "run" / "aggregator").run(run.run_id)
+
+
+def test_every_way_in_which_a_bundle_is_wrong_has_its_code(honest: tuple[Path, list[Event]]) -> None:
+    run, store = stored(honest[0])
+    with closing(store):
+        rows = store.journal.records(ROUNDS - 2, ROUNDS)
+        before, record, last = (RoundRecord.from_bytes(row.data) for row in rows)
+        data = store.blobs.get("bundle", record.digest.hex())
+        update = store.blobs.get("update", record.update_digest.hex())
+        other = store.blobs.get("bundle", last.digest.hex())
+    assert data is not None and update is not None and other is not None
+    base = before.state_root
+    sections = sections_of_bundle(data, record, base, run)
+    assert sections == list(sections_of_update(update, record, run))
+    lighter = [dataclasses.replace(entry, weight=entry.weight + 1) for entry in accepted(record.entries)[:1]]
+    clipped = dataclasses.replace(record, entries=(*lighter, *record.entries[1:]))
+    assert record.entries[0].weight == WEIGHT_UNIT
+    cases = [
+        (data[:-1], record, base, Code.TRUNCATED),
+        (data[:3], record, base, Code.TRUNCATED),
+        (b"", record, base, Code.TRUNCATED),
+        (data + b"\0", record, base, Code.TRAILING),
+        (data + bytes(bundle_bytes_max(run, 2)), record, base, Code.TOO_LARGE),
+        (b"\xff" * 4 + data[4:], record, base, Code.TOO_LARGE),
+        (other, record, base, Code.WRONG_DIGEST),
+        (data, record, bytes(32), Code.WRONG_BASE),
+        (data, clipped, base, Code.WRONG_DIGEST),
+    ]
+    for wrong, of, root, code in cases:
+        with pytest.raises(ProtocolError) as caught:
+            sections_of_bundle(wrong, of, root, run)
+        assert caught.value.code is code
+
+
+def test_the_ledger_replays_from_updates_and_old_bundles_go_with_their_rounds(
+    honest: tuple[Path, list[Event]],
+) -> None:
+    run, store = stored(honest[0])
+    with closing(store):
+        *_, (last, flat) = replay(store, run, 0, ROUNDS)
+        assert (last, state_root(flat).hex()) == (ROUNDS, roots(honest[1])[-1])
+        held = [kind for number in range(1, ROUNDS + 1) for kind, _ in store.journal.blobs_of(number)]
+        assert held.count("bundle") == held.count("update") == ROUNDS
+        store.forget(keep_rounds=2, blob_bytes_max=0)
+        sizes = [store.blobs.size("bundle", row.digest.hex()) > 0 for row in store.journal.records(1, ROUNDS)]
+        assert sizes == [False] * (ROUNDS - 2) + [True] * 2
