@@ -1,44 +1,31 @@
-"""Two forms of one update: whichever a peer takes, and whatever an aggregator says of a bundle, the bits are the same.
-
-Real aggregators and peers over real sockets, in one process, so that an aggregator can be made to lie.
-"""
+"""Two forms of one update: whichever a peer takes, and whatever an aggregator says of it, the bits are the same."""
 
 import asyncio
 import dataclasses
-import io
-import json
-import shutil
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from peer.aggregator import Aggregator
-from peer.client import Client
-from peer.config import PeerConfig
 from peer.merge import accepted, sections_of_bundle, sections_of_update
 from peer.net.messages import RoundClosed
-from peer.net.service import serve
-from peer.operator import OperatorFolder, RunPlace, new_run
+from peer.operator import OperatorFolder
 from peer.replay import replay
-from peer.store import Home, RunFolder, atomic_write, load_key
-from peer.telemetry import Telemetry
+from peer.store import Home, RunFolder
 from protocol.errors import Code, ProtocolError
-from protocol.identity import PrivateKey
 from protocol.layout import state_root
 from protocol.ledger import RoundRecord
 from protocol.limits import WEIGHT_UNIT
 from protocol.run import RunConfig, parse_settings
 from protocol.wire import bundle_bytes_max, bundle_to_wire
+from tests.peer.room import fields, make_run_folder, swarm
 from tests.peer.swarm import SETTINGS, Event
 
 pytestmark = [pytest.mark.slow, pytest.mark.net]
 
 ROUNDS = 7
-PEERS = ("one", "two")
+PEERS = 2
 
 
 class UpdatesOnly(Aggregator):
@@ -86,65 +73,11 @@ class Liar(BundlesOnly):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run, so that all swarms of this file train the same model on the same data with the same keys."""
-    folder = tmp_path_factory.mktemp("bundle")
+    """The run of this file."""
     settings = parse_settings(SETTINGS.format(rounds=ROUNDS, steps=4, grace_s=3.0))
-    patient = dataclasses.replace(settings.rounds, grace_s_max=60.0, deadline_s=100.0)
     # So many values that the bundle is the larger form in the first round and the smaller one in the last.
     dense = dataclasses.replace(settings.compression, k=2048)
-    new_run(
-        dataclasses.replace(settings, rounds=patient, compression=dense),
-        folder / "run",
-        RunPlace("127.0.0.1", 7700, 7701),
-    )
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-async def swarm(folder: Path, run_folder: Path, kind: type[Aggregator]) -> list[Event]:
-    """Let two peers finish the run with such an aggregator, and return everything that was logged."""
-    shutil.copytree(run_folder / "run", folder / "run")
-    operator = OperatorFolder(folder / "run")
-    signed, invite = operator.load()
-    home, stop = Home(operator.aggregator_home), asyncio.Event()
-    key, run_id, tls = load_key(home.key_path), signed.config.run_id, operator.tls()
-    (run_folder / "data").mkdir(exist_ok=True)
-    log, silent = folder / "log", io.StringIO()
-    with (
-        Telemetry("swarm", file=log, json_stdout=False, stderr=silent) as telemetry,
-        closing(home.run(run_id)) as store,
-    ):
-        program = kind(signed, key, store)
-        server = await serve(
-            program, host="127.0.0.1", port=0, key=key, run_id=run_id, tls=tls, spool=home.path / "spool"
-        )
-        places = (f"127.0.0.1:{server.port}",)
-        here = dataclasses.replace(invite, addresses=places, bootstraps=(), certificate_sha256=tls.fingerprint)
-        clients = []
-        for number, name in enumerate(PEERS):
-            peer = Home(folder / name)
-            (peer.path / "data").symlink_to(run_folder / "data")
-            secret = PrivateKey.from_bytes(bytes([number + 1]) * 32).to_text()
-            atomic_write(peer.key_path, secret.encode("ascii"), mode=0o600)
-            config = PeerConfig(home=peer.path, device="cpu", dtype="float32", threads=1)
-            clients.append(Client(here, peer, config, telemetry, stop))
-        try:
-            async with asyncio.timeout(100):
-                await asyncio.gather(*(client.join() for client in clients))
-        finally:
-            await server.close(0.5)
-            await program.close()
-    return [json.loads(line) for line in log.read_text().splitlines()]
-
-
-def fields(events: list[Event], event: str, field: str) -> list[Any]:
-    return [each[field] for each in events if each["event"] == event]
+    return make_run_folder(tmp_path_factory.mktemp("bundle"), dataclasses.replace(settings, compression=dense))
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +89,9 @@ def honest(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> tuple[
 
 def roots(events: list[Event]) -> list[str]:
     """The state root after each round; both peers ended with the last one, and no packet was missed."""
-    assert fields(events, "round closed", "accepted") == [len(PEERS)] * ROUNDS
+    assert fields(events, "round closed", "accepted") == [PEERS] * ROUNDS
     found: list[str] = fields(events, "round closed", "state_root")
-    assert fields(events, "finished", "state_root") == [found[-1]] * len(PEERS)
+    assert fields(events, "finished", "state_root") == [found[-1]] * PEERS
     return found
 
 
@@ -174,10 +107,10 @@ def test_the_aggregator_offers_what_is_smaller_and_peers_take_it(honest: tuple[P
     sizes = [event[f"{form}_bytes"] for event, form in zip(broadcasts, forms, strict=True)]
     for number, form, size in zip(range(1, ROUNDS + 1), forms, sizes, strict=True):
         taken = [(e["form"], e["bytes"]) for e in events if e["event"] == "round" and e["round"] == number]
-        assert taken == [(form, size)] * len(PEERS), number
+        assert taken == [(form, size)] * PEERS, number
     for peer in (event for event in events if event["event"] == "finished"):
         assert peer["bytes_down"] == peer["bundle_bytes"] + peer["update_bytes"] == sum(sizes)
-    assert len(fields(events, "kernels", "path")) == len(PEERS)
+    assert len(fields(events, "kernels", "path")) == PEERS
 
 
 @pytest.mark.parametrize("kind", [UpdatesOnly, BundlesOnly])
@@ -186,7 +119,7 @@ async def test_either_form_leads_to_the_same_roots(
 ) -> None:
     events = await swarm(tmp_path, run_folder, kind)
     form = "update" if kind is UpdatesOnly else "bundle"
-    assert fields(events, "round", "form") == [form] * len(PEERS) * ROUNDS
+    assert fields(events, "round", "form") == [form] * PEERS * ROUNDS
     assert roots(events) == roots(honest[1])
 
 
@@ -196,9 +129,11 @@ async def test_a_lying_bundle_costs_bytes_and_nothing_else(
     events = await swarm(tmp_path, run_folder, Liar)
     for number in range(1, ROUNDS + 1):
         taken = [event["form"] for event in events if event["event"] == "round" and event["round"] == number]
-        assert taken == ["update" if number < ROUNDS else "bundle"] * len(PEERS), number
+        assert taken == ["update" if number < ROUNDS else "bundle"] * PEERS, number
     refused = fields(events, "the bundle is no good, so the update is fetched", "round")
-    assert sorted(refused) == [number for number in range(1, 6) for _ in PEERS], "the huge one was never asked for"
+    assert sorted(refused) == [number for number in range(1, 6) for _ in range(PEERS)], (
+        "the huge one was never asked for"
+    )
     assert roots(events) == roots(honest[1])
 
 
