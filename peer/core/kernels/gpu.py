@@ -24,14 +24,9 @@ _WARP_VALUES = 512  # 16 values a thread: more of them spill registers
 _CONTINUE = 255
 
 
-def available() -> bool:
-    """Whether this machine has a CUDA device on which Triton gives the reference's bits. The first call compiles."""
-    return not why_not()
-
-
 @functools.cache
 def why_not() -> str:
-    """Say in one line why the kernels are not used here; nothing when they are."""
+    """Say in one line why the kernels do not serve on this machine; nothing when they do. The first call compiles."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if importlib.util.find_spec("triton") is None:
