@@ -456,36 +456,44 @@ function encodeGaps(counts, indices) {
   return { blocks: join(lengths), gaps: Buffer.from(gaps) }
 }
 
-/** The indices of all values. Whether blocks fit is settled before whether indices do. */
-function decodeGaps(size, counts, blocks, gaps) {
-  const indices = new Float64Array(sum(counts)) // not integers of 32 bits: a bad gap may be anything
-  let next = 0, at = 0, end = 0
-  for (let chunk = 0; chunk < counts.length; chunk++) {
+/** Calls visit(index, chunk) for each value; the gaps must hold that many. */
+function walkGaps(counts, gaps, visit) {
+  let at = 0
+  counts.forEach((count, chunk) => {
+    for (let index = chunk * CHUNK - 1; count > 0; count--) {
+      do index += gaps[at]; while (gaps[at++] === 255)
+      visit(++index, chunk)
+    }
+  })
+}
+
+/** Whether blocks fit is settled before whether indices do, and nothing is allocated for bytes that may be refused. */
+function checkGaps(size, counts, blocks, gaps) {
+  let at = 0, end = 0
+  counts.forEach((count, chunk) => {
     if (chunk % BLOCK === 0) {
       demand(at === end, 'BAD_BLOCKS', 'gap bytes are left over in a block')
-      const block = chunk / BLOCK
-      end = block * 4 < blocks.length ? at + blocks.readUInt32LE(block * 4) : gaps.length
+      const word = chunk / BLOCK * 4
+      end = word < blocks.length ? at + blocks.readUInt32LE(word) : gaps.length
       demand(end <= gaps.length, 'BAD_BLOCKS', 'a block ends beyond the gaps')
     }
-    let index = chunk * CHUNK - 1
-    for (const last = next + counts[chunk]; next < last; next++) {
-      do {
-        demand(at < end, 'BAD_BLOCKS', 'a block ends inside its gaps')
-        index += gaps[at]
-      } while (gaps[at++] === 255)
-      indices[next] = ++index
+    for (; count > 0; at++) {
+      demand(at < end, 'BAD_BLOCKS', 'a block ends inside its gaps')
+      if (gaps[at] !== 255) count--
     }
-  }
+  })
   demand(at === end, 'BAD_BLOCKS', 'gap bytes are left over in a block')
-  next = 0
-  for (let chunk = 0; chunk < counts.length; chunk++) {
-    next += counts[chunk] // within a chunk they ascend, so the last one decides
-    demand(!counts[chunk] || indices[next - 1] < Math.min(size, (chunk + 1) * CHUNK), 'BAD_INDEX', `chunk ${chunk}`)
-  }
+  walkGaps(counts, gaps, (index, chunk) => demand(index < chunk * CHUNK + lengthOf(size, chunk), 'BAD_INDEX', `chunk ${chunk}`))
+}
+
+function readIndices({ counts, gaps }) {
+  const indices = new Uint32Array(sum(counts))
+  let next = 0
+  walkGaps(counts, gaps, index => { indices[next++] = index })
   return indices
 }
 
-const packetCounts = (size, k, scales) => Array.from(scales, (scale, chunk) => scale ? kept(lengthOf(size, chunk), k) : 0)
+const packetCounts = (size, k, scales) => Uint16Array.from(scales, (scale, chunk) => scale ? kept(lengthOf(size, chunk), k) : 0)
 
 export function encodeSection(sparse, k, codeBits) {
   const { blocks, gaps } = encodeGaps(packetCounts(sparse.size, k, sparse.scales), sparse.indices)
@@ -494,44 +502,39 @@ export function encodeSection(sparse, k, codeBits) {
   return join([sparse.scales, codeBits === 2 ? sparse.ratios : zeros(0), blocks, gaps, codes])
 }
 
-export function decodeSection(bytes, size, k, codeBits) {
-  const chunks = chunksOf(size)
-  const reader = new Reader(bytes)
-  const scales = reader.take(chunks)
-  const ratios = codeBits === 2 ? reader.take(chunks) : zeros(chunks)
+/** The parts of a section, all rules checked. */
+function checkSection(bytes, size, k, codeBits) {
+  const chunks = chunksOf(size), reader = new Reader(bytes)
+  const scales = reader.take(chunks), ratios = codeBits === 2 ? reader.take(chunks) : zeros(chunks)
   const blocks = reader.take(4 * blockWords(size))
-  const counts = packetCounts(size, k, scales)
-  const values = sum(counts)
+  const counts = packetCounts(size, k, scales), values = sum(counts)
   const gapsLength = reader.left - codeBytes(values, codeBits)
   demand(gapsLength >= 0, 'TRUNCATED', 'codes are missing')
-  const gaps = reader.take(gapsLength)
-  const packed = reader.take(reader.left)
-  demand(ratios.every((ratio, i) => ratio <= 63 && (ratio === 0 || scales[i] !== 0)), 'BAD_RATIO')
-  const indices = decodeGaps(size, counts, blocks, gaps)
+  const gaps = reader.take(gapsLength), packed = reader.take(reader.left)
+  const code = i => packed[i * codeBits >> 3] >> (i * codeBits & 7) & (2 ** codeBits - 1)
+  demand(ratios.every((ratio, chunk) => ratio <= 63 && (ratio === 0 || scales[chunk] !== 0)), 'BAD_RATIO')
+  checkGaps(size, counts, blocks, gaps)
   const spare = packed.length * 8 - values * codeBits
   demand(spare === 0 || packed.at(-1) >> (8 - spare) === 0, 'BAD_PADDING')
-  const codes = Uint8Array.from({ length: values }, (_, i) => packed[i * codeBits >> 3] >> (i * codeBits & 7) & (2 ** codeBits - 1))
-  checkCodes(counts, ratios, codes)
-  return { size, scales, ratios, indices, codes }
-}
-
-function checkCodes(counts, ratios, codes) {
-  const lows = [] // of each chunk
-  let next = 0
-  for (const count of counts) {
-    lows.push(codes.subarray(next, next + count).reduce((total, code) => total + (code >> 1), 0))
-    next += count
+  const lows = new Uint16Array(chunks) // of each chunk
+  for (let chunk = 0, next = 0; chunk < chunks; chunk++) {
+    for (const end = next + counts[chunk]; next < end; next++) lows[chunk] += code(next) >> 1
   }
-  demand(lows.every((low, i) => low === 0 || ratios[i] !== 0), 'BAD_CODE', 'low where the ratio is 0')
-  demand(lows.every((low, i) => ratios[i] === 0 || (low > 0 && low < counts[i])), 'BAD_RATIO', 'nothing low or nothing high')
+  demand(lows.every((low, chunk) => low === 0 || ratios[chunk] !== 0), 'BAD_CODE', 'low where the ratio is 0')
+  const mixed = lows.every((low, chunk) => ratios[chunk] === 0 || (low > 0 && low < counts[chunk]))
+  demand(mixed, 'BAD_RATIO', 'nothing low or nothing high')
+  return { scales, ratios, counts, gaps, code }
 }
 
-/** The grid integers of a decoded section, in the order of its indices. */
-export function gridValues({ scales, ratios, indices, codes }) {
-  return Float64Array.from(indices, (index, i) => {
+/** Indices and grid integers of a section. */
+export function decodeSection(bytes, size, k, codeBits) {
+  const section = checkSection(bytes, size, k, codeBits), { scales, ratios, code } = section
+  const indices = readIndices(section)
+  const values = Float64Array.from(indices, (index, i) => {
     const chunk = Math.floor(index / CHUNK)
-    return gridValue(scales[chunk], ratios[chunk], codes[i])
+    return gridValue(scales[chunk], ratios[chunk], code(i))
   })
+  return { indices, values }
 }
 
 const PACKET_HEADER = 216
@@ -562,7 +565,7 @@ function checkSections(run, sections, root, bytesMax) {
   demand(same(merkleRoot(sections), root), 'BAD_MERKLE')
 }
 
-/** All rules of a packet; returns its decoded sections. */
+/** All rules of a packet. */
 export function checkPacket(run, header, sections, round, baseRoot) {
   const { k, code_bits: codeBits } = run.compression
   const fields = readPacketHeader(header)
@@ -571,24 +574,24 @@ export function checkPacket(run, header, sections, round, baseRoot) {
   demand(same(fields.baseRoot, baseRoot), 'WRONG_BASE')
   checkSignature(fields.peer, 'packet', header.subarray(0, 152), fields.signature)
   checkSections(run, sections, fields.root, size => sectionBytesMax(size, k, codeBits))
-  return run.layout.tensors.map(({ size }, i) => decodeSection(sections[i], size, k, codeBits))
+  run.layout.tensors.forEach(({ size }, i) => checkSection(sections[i], size, k, codeBits))
 }
 
 // ------------------------------------------------------------------------------- 6. Transport form
 
-/** Planes, lengths and limits of a packet's frames. `heads` of a frame are its planes by number. */
+/** Planes, lengths and limits of a packet's frames. The first planes say how many values each chunk has. */
 const packetForm = run => {
   const { k, code_bits: codeBits } = run.compression
   return {
     header: PACKET_HEADER,
     readHeader: readPacketHeader,
-    headPlanes: [chunks => chunks, chunks => codeBits === 2 ? chunks : 0],
+    countPlanes: 1,
     counts: (size, [scales]) => packetCounts(size, k, scales),
-    valueBytes: values => codeBytes(values, codeBits),
+    markBytes: chunks => codeBits === 2 ? chunks : 0,
     gapsMax: size => gapBytesMax(size, k),
+    valueBytes: values => codeBytes(values, codeBits),
     sectionMax: size => sectionBytesMax(size, k, codeBits),
-    toSection: heads => heads,
-    fromSection: (section, chunks) => [section.subarray(0, chunks), section.subarray(chunks, chunks * codeBits)],
+    head: ([scales]) => scales,
   }
 }
 
@@ -596,20 +599,17 @@ const packetForm = run => {
 const updateForm = () => ({
   header: UPDATE_HEADER,
   readHeader: readUpdateHeader,
-  headPlanes: [chunks => chunks, chunks => chunks, chunks => chunks],
+  countPlanes: 2,
   counts: (size, [low, high]) => {
-    const counts = Array.from(low, (byte, chunk) => byte + 256 * high[chunk])
+    const counts = Uint16Array.from(low, (byte, chunk) => byte + 256 * high[chunk])
     demand(counts.every((count, chunk) => count <= lengthOf(size, chunk)), 'BAD_COUNT')
     return counts
   },
-  valueBytes: values => values,
+  markBytes: chunks => chunks,
   gapsMax: size => size,
+  valueBytes: values => values,
   sectionMax: updateSectionBytesMax,
-  toSection: ([low, high, exponents]) => {
-    const counts = Buffer.alloc(2 * low.length)
-    low.forEach((byte, chunk) => counts.writeUInt16LE(byte + 256 * high[chunk], 2 * chunk))
-    return [counts, exponents]
-  },
+  head: ([low, high]) => Buffer.from({ length: 2 * low.length }).map((_, i) => (i % 2 ? high : low)[i >> 1]),
 })
 
 const wireBytesMax = (run, form) => form.header + sum(run.layout.tensors.map(({ size }) => form.sectionMax(size) + 32))
@@ -628,29 +628,26 @@ function fromWire(run, bytes, form) {
 
 function readFrame(run, reader, form, first) {
   const count = reader.u32(), gapsLength = reader.u32()
-  const stored = form.headPlanes.concat(1, 2, 3).map(() => reader.u32())
+  const stored = Array.from({ length: form.countPlanes + 4 }, () => reader.u32())
   demand(sum(stored) <= reader.left, 'TRUNCATED', 'a frame ends too early')
   demand(count >= 1 && count <= run.layout.tensors.length - first, 'BAD_FRAME', 'the number of sections')
   const sizes = run.layout.tensors.slice(first, first + count).map(({ size }) => size)
   demand(gapsLength <= sum(sizes.map(form.gapsMax)), 'TOO_LARGE', 'gaps')
-  const plane = length => {
-    const size = stored.shift()
+  const plane = lengths => { // of each section, whose parts it returns
+    const length = sum(lengths), size = stored.shift()
     demand(size <= length, 'BAD_FRAME', 'a plane is stored in more bytes than it has')
-    const bytes = reader.take(size)
-    return new Reader(size < length ? unzstd(bytes, length) : bytes)
+    const bytes = reader.take(size), parts = new Reader(size < length ? unzstd(bytes, length) : bytes)
+    return lengths.map(part => parts.take(part))
   }
-  const chunks = sum(sizes.map(chunksOf))
-  const headReaders = form.headPlanes.map(length => plane(length(chunks)))
-  const heads = sizes.map(size => headReaders.map((head, i) => head.take(form.headPlanes[i](chunksOf(size)))))
-  const values = sizes.map((size, i) => sum(form.counts(size, heads[i])))
-  const blocks = plane(4 * sum(sizes.map(blockWords)))
-  const gaps = plane(gapsLength).bytes
+  const chunks = sizes.map(chunksOf)
+  const countPlanes = Array.from({ length: form.countPlanes }, () => plane(chunks))
+  const countBytes = sizes.map((_, i) => countPlanes.map(parts => parts[i]))
+  const values = sizes.map((size, i) => sum(form.counts(size, countBytes[i])))
+  const marks = plane(chunks.map(form.markBytes)), blocks = plane(sizes.map(size => 4 * blockWords(size)))
+  const [gaps] = plane([gapsLength])
   const ends = endsOfGaps(gaps, values)
-  const codes = plane(sum(values.map(form.valueBytes)))
-  return sizes.map((size, i) => join([
-    ...form.toSection(heads[i]), blocks.take(4 * blockWords(size)),
-    gaps.subarray(i ? ends[i - 1] : 0, ends[i]), codes.take(form.valueBytes(values[i])),
-  ]))
+  const codes = plane(values.map(form.valueBytes))
+  return sizes.map((_, i) => join([form.head(countBytes[i]), marks[i], blocks[i], gaps.subarray(ends[i - 1] ?? 0, ends[i]), codes[i]]))
 }
 
 /** Where each section's gaps end: with as many bytes other than 255 as it has values. */
@@ -667,17 +664,14 @@ function endsOfGaps(gaps, values) {
   return ends
 }
 
-/** A packet in transport form. Every plane is stored as it is: allowed, and this file has no zstd encoder. */
+/** A packet in transport form, a frame for each section. Planes are stored as they are, for this file has no zstd encoder. */
 export function packetToWire(run, header, sections) {
   const form = packetForm(run)
   const frames = sections.map((section, i) => {
-    const { size } = run.layout.tensors[i]
-    const heads = form.fromSection(section, chunksOf(size))
-    const values = sum(form.counts(size, heads))
-    const reader = new Reader(section, sum(heads.map(head => head.length)))
-    const blocks = reader.take(4 * blockWords(size))
-    const gaps = reader.take(reader.left - form.valueBytes(values))
-    const planes = [...heads, blocks, gaps, reader.take(reader.left)]
+    const { size } = run.layout.tensors[i], chunks = chunksOf(size), reader = new Reader(section)
+    const scales = reader.take(chunks), marks = reader.take(form.markBytes(chunks)), blocks = reader.take(4 * blockWords(size))
+    const gaps = reader.take(reader.left - form.valueBytes(sum(form.counts(size, [scales]))))
+    const planes = [scales, marks, blocks, gaps, reader.take(reader.left)]
     return join([u32(1), u32(gaps.length), ...planes.map(plane => u32(plane.length)), ...planes])
   })
   return join([header, ...frames])
@@ -962,14 +956,13 @@ const UPDATE_HEADER = 140
 
 export const weightOf = (tokens, nominal) => Math.min(4096, Math.max(1, Number(BigInt(tokens) * 1024n / BigInt(nominal))))
 
-/** Merge one tensor of all contributions [{ section (decoded), weight, clip }] to an update tensor. */
+/** Merge one tensor of all contributions [{ indices, values, weight, clip }] to an update tensor. */
 export function merge(contributions, size, rule, alphaQ16) {
   const sums = new BigInt64Array(size), weights = new Float64Array(size) // num and den
   let totalWeight = 0
-  for (const { section, weight, clip } of contributions) {
+  for (const { indices, values, weight, clip } of contributions) {
     totalWeight += weight
-    const values = gridValues(section)
-    section.indices.forEach((index, i) => {
+    indices.forEach((index, i) => {
       // A value has at most ten significant bits, so these products are exact in a double.
       sums[index] += BigInt(Math.sign(values[i]) * weight * Math.floor(Math.abs(values[i]) * clip / 65536))
       weights[index] += weight
@@ -1014,22 +1007,18 @@ export function encodeUpdateSection({ counts, exponents, indices, values }) {
   return join([...counts.map(u16), Buffer.from(exponents), blocks, gaps, Buffer.from(values)])
 }
 
-export function decodeUpdateSection(bytes, size) {
-  const chunks = chunksOf(size)
-  const reader = new Reader(bytes)
-  const counts = Array.from({ length: chunks }, () => 0)
-  const head = reader.take(2 * chunks)
-  const exponents = reader.take(chunks)
-  const blocks = reader.take(4 * blockWords(size))
-  for (let chunk = 0; chunk < chunks; chunk++) counts[chunk] = head.readUInt16LE(2 * chunk)
+/** The parts of an update's section, all rules checked. */
+function checkUpdateSection(bytes, size) {
+  const chunks = chunksOf(size), reader = new Reader(bytes)
+  const head = reader.take(2 * chunks), exponents = reader.take(chunks), blocks = reader.take(4 * blockWords(size))
+  const counts = Uint16Array.from({ length: chunks }, (_, chunk) => head.readUInt16LE(2 * chunk))
   demand(counts.every((count, chunk) => count <= lengthOf(size, chunk)), 'BAD_COUNT')
   const gapsLength = reader.left - sum(counts)
   demand(gapsLength >= 0, 'TRUNCATED', 'values are missing')
-  const gaps = reader.take(gapsLength)
-  const rest = reader.take(reader.left)
+  const gaps = reader.take(gapsLength), rest = reader.take(reader.left)
   const values = new Int8Array(rest.buffer, rest.byteOffset, rest.length)
   demand(exponents.every((e, chunk) => e <= 35 && (e === 0 || counts[chunk] > 0)), 'BAD_EXPONENT')
-  const indices = decodeGaps(size, counts, blocks, gaps)
+  checkGaps(size, counts, blocks, gaps)
   demand(values.every(value => value !== 0 && value !== -128), 'BAD_VALUE')
   let next = 0
   counts.forEach((count, chunk) => {
@@ -1037,17 +1026,20 @@ export function decodeUpdateSection(bytes, size) {
     demand(!coarse, 'BAD_EXPONENT', 'a smaller exponent would do')
     next += count
   })
-  return { size, counts, exponents, indices, values }
+  return { exponents, counts, gaps, values }
 }
 
-/** The float32 numbers to subtract; a double holds each exactly. */
-export const updateValues = ({ exponents, indices, values }) =>
-  Float64Array.from(indices, (index, i) => values[i] * 2 ** exponents[Math.floor(index / CHUNK)] * UNIT)
+/** Indices of an update's section and the float32 numbers to subtract there; a double holds each exactly. */
+export function decodeUpdateSection(bytes, size) {
+  const section = checkUpdateSection(bytes, size), indices = readIndices(section)
+  const steps = Float64Array.from(indices, (index, i) => section.values[i] * 2 ** section.exponents[Math.floor(index / CHUNK)] * UNIT)
+  return { indices, values: steps }
+}
 
 /** outer = outer - value in place, one float32 subtraction each. */
-export function applyUpdate(outer, tensor) {
-  const values = updateValues(tensor)
-  tensor.indices.forEach((index, i) => { outer[index] = f32(outer[index] - values[i]) })
+export function applyUpdate(outer, section) {
+  const { indices, values } = decodeUpdateSection(section, outer.length)
+  indices.forEach((index, i) => { outer[index] = f32(outer[index] - values[i]) })
 }
 
 function readUpdateHeader(bytes) {
@@ -1061,19 +1053,19 @@ function readUpdateHeader(bytes) {
 export const makeUpdate = (run, round, baseRoot, newRoot, sections) =>
   join([Buffer.from('SLUP'), u16(1), u16(0), run.id, u32(round), baseRoot, newRoot, merkleRoot(sections)])
 
-/** All rules of an update; returns its decoded sections. */
+/** All rules of an update. */
 export function checkUpdate(run, header, sections, updateDigest) {
   const fields = readUpdateHeader(header)
   demand(same(digest('update', header), updateDigest), 'WRONG_DIGEST')
   demand(same(fields.runId, run.id), 'OTHER_RUN')
   checkSections(run, sections, fields.root, updateSectionBytesMax)
-  return run.layout.tensors.map(({ size }, i) => decodeUpdateSection(sections[i], size))
+  run.layout.tensors.forEach(({ size }, i) => checkUpdateSection(sections[i], size))
 }
 
 // ------------------------------------------------------------------------------- 8. Round record and ledger
 
 const [GENESIS, APPLIED, NULL] = [0, 1, 2]
-const DEADLINE = 3
+const [COMPLETE, DEADLINE] = [1, 3]
 const ENTRY = 85
 
 function readEntry(reader) {
@@ -1190,13 +1182,15 @@ export function readBundle(run, record, baseRoot, bytes) {
     return reader.take(size)
   })
   reader.end()
-  const contributions = wires.map((wire, i) => {
-    const { header, sections } = fromWire(run, wire, form), { packet, weight, clip } = record.accepted[i]
-    demand(same(digest('packet', header), packet), 'WRONG_DIGEST', 'a packet of the bundle')
-    return { sections: checkPacket(run, header, sections, record.round, baseRoot), weight, clip }
+  const packets = wires.map((wire, i) => {
+    const { header, sections } = fromWire(run, wire, form)
+    demand(same(digest('packet', header), record.accepted[i].packet), 'WRONG_DIGEST', 'a packet of the bundle')
+    checkPacket(run, header, sections, record.round, baseRoot)
+    return sections
   })
-  const merged = run.layout.tensors.map(({ size }, i) => {
-    const parts = contributions.map(({ sections, weight, clip }) => ({ section: sections[i], weight, clip }))
+  const { k, code_bits: codeBits } = run.compression
+  const merged = run.layout.tensors.map(({ size }, tensor) => {
+    const parts = record.accepted.map(({ weight, clip }, i) => ({ ...decodeSection(packets[i][tensor], size, k, codeBits), weight, clip }))
     return encodeUpdateSection(merge(parts, size, run.outer.rule, run.alphaQ16))
   })
   const header = makeUpdate(run, record.round, baseRoot, record.stateRoot, merged)
@@ -1287,7 +1281,7 @@ function plain(value) {
 }
 
 /** What a section means: the SHA-256 of index and value of each position. */
-function contents(indices, values) {
+function contents({ indices, values }) {
   const bytes = Buffer.alloc(8 * indices.length)
   indices.forEach((index, i) => bytes.writeFloatLE(values[i], bytes.writeUInt32LE(index, 8 * i)))
   return { count: indices.length, sha256: sha256(bytes) }
@@ -1301,13 +1295,10 @@ const CHECKS = {
     return { run_id: run.id, alpha_q16: run.alphaQ16, nominal_tokens: run.nominal, values: run.layout.size }
   },
   section: q => {
-    const section = decodeSection(q.bytes, q.size, q.k, q.code_bits)
-    return contents(section.indices, gridValues(section).map(value => value * UNIT))
+    const { indices, values } = decodeSection(q.bytes, q.size, q.k, q.code_bits)
+    return contents({ indices, values: values.map(value => value * UNIT) })
   },
-  'update-section': q => {
-    const section = decodeUpdateSection(q.bytes, q.size)
-    return contents(section.indices, updateValues(section))
-  },
+  'update-section': q => contents(decodeUpdateSection(q.bytes, q.size)),
   packet: q => {
     checkPacket(q.run, q.header, q.sections, q.round, q.base_root)
     return { digest: digest('packet', q.header) }
@@ -1347,12 +1338,12 @@ const MAKES = {
   weight: q => ({ weight: weightOf(q.tokens, q.nominal) }),
   merge: q => {
     const contributions = q.sections.map((section, i) =>
-      ({ section: decodeSection(section, q.size, q.k, q.code_bits), weight: q.weights[i], clip: q.clips[i] }))
+      ({ ...decodeSection(section, q.size, q.k, q.code_bits), weight: q.weights[i], clip: q.clips[i] }))
     return { section: encodeUpdateSection(merge(contributions, q.size, q.rule, q.alpha_q16)) }
   },
   apply: q => {
     const outer = floats(q.outer)
-    applyUpdate(outer, decodeUpdateSection(q.section, outer.length))
+    applyUpdate(outer, q.section)
     return { outer: asBytes(outer) }
   },
   merkle: q => ({ root: merkleRoot(q.leaves) }),
@@ -1773,7 +1764,7 @@ class Link {
     })
     socket.setTimeout(0)
     const certificate = plaintext ? zeros(32) : sha256(socket.getPeerCertificate().raw)
-    if (!same(certificate, invite.certificate)) {
+    if (!plaintext && !same(certificate, invite.certificate)) {
       socket.destroy()
       throw new Refused('NOT_AN_AGGREGATOR', `the certificate of ${address} is not the one that the invite names; ask for a fresh invite`)
     }
@@ -1844,9 +1835,9 @@ class Link {
     let reply = await next(replies)
     if (!reply[2]) {
       for (let at = 0; at < wire.length; at += 1 << 20) await call.send(bytesField(2, wire.subarray(at, at + (1 << 20))))
+      call.end() // the aggregator answers when it sees the end
       reply = await next(replies)
     }
-    call.end()
     const receipt = fieldsOf(reply[2] ?? zeros(0))
     demand(receipt[1] && same(receipt[1], name), 'BAD_MESSAGE', 'a receipt for something else')
     await replies.return()
@@ -1928,7 +1919,6 @@ async function fetchUpdate(link, run, previous, record, { updateBytes, bundleByt
     try {
       const most = record.accepted.length * (wireBytesMax(run, packetForm(run)) + 4)
       return readBundle(run, record, previous.stateRoot, await link.fetch('bundle', record.digest, most))
-        .map((section, i) => decodeUpdateSection(section, run.layout.tensors[i].size))
     } catch (error) {
       if (!(error instanceof Refused)) throw error
       say(`the bundle of round ${record.round} does not fit (${error.message}); fetching the update`)
@@ -1936,7 +1926,8 @@ async function fetchUpdate(link, run, previous, record, { updateBytes, bundleByt
   }
   const wire = await link.fetch('update', record.update, wireBytesMax(run, updateForm(run)))
   const { header, sections } = fromWire(run, wire, updateForm(run))
-  return checkUpdate(run, header, sections, record.update)
+  checkUpdate(run, header, sections, record.update)
+  return sections
 }
 
 class Peer {
@@ -2045,10 +2036,10 @@ class Peer {
     await this.send(work)
   }
 
-  /** How long to train: shorter than the last round was, so that slow inner steps do not make the packet late. */
+  /** How long to train: as long as the last round was when all arrived in it, less when it closed without somebody. */
   budgetMs(open) {
-    const { head } = this.chain
-    const usual = head.kind === APPLIED ? 0.7 * Number(head.closed - head.opened) : 500 * this.run.rounds.grace_s_max
+    const { kind, reason, opened, closed } = this.chain.head
+    const usual = kind === APPLIED ? (reason === COMPLETE ? 1 : 0.6) * Number(closed - opened) : 500 * this.run.rounds.grace_s_max
     return Math.min(usual, open.closesInMs / 2)
   }
 
@@ -2136,8 +2127,8 @@ async function startPeer(link, invite, home, key, text, rounds) {
 
 async function joinRun(word, { home, text, rounds = Infinity, plaintextLocal }) {
   const invite = readInvite(existsSync(word) ? readFileSync(word, 'utf8') : word)
-  const plaintext = invite.certificate.every(byte => byte === 0)
-  if (plaintext && !plaintextLocal) throw new Error('the invite is for plaintext; on this machine alone, say --plaintext-local')
+  const encrypted = invite.certificate.some(byte => byte !== 0)
+  if (!encrypted && !plaintextLocal) throw new Error('the invite is for plaintext; on one machine, say --plaintext-local')
   if (!invite.addresses.length) throw new Error('the invite names no aggregator address, and this client has no DHT')
   mkdirSync(home, { recursive: true })
   const key = loadKey(joinPath(home, 'peer.key'))
@@ -2145,7 +2136,7 @@ async function joinRun(word, { home, text, rounds = Infinity, plaintextLocal }) 
   process.once('SIGINT', () => { leaving = true; link?.close(); say('leaving') })
   for (let turn = 0, pause = 1; !leaving && !peer?.finished; turn++) {
     try {
-      link = await Link.open(invite.addresses[turn % invite.addresses.length], invite, key, plaintext)
+      link = await Link.open(invite.addresses[turn % invite.addresses.length], invite, key, plaintextLocal)
       peer ??= await startPeer(link, invite, home, key, text, rounds)
       pause = 1
       await peer.takePart(link)

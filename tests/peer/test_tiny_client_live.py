@@ -1,0 +1,134 @@
+"""The client that was written from the specification alone takes part in a swarm of the real programs."""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from protocol.identity import PrivateKey
+from protocol.ledger import RoundRecord, Verdict
+from tests.peer.swarm import Program, Swarm, make_run
+from tests.peer.test_swarm import finish, ledger
+
+NODE = shutil.which("node")
+ROOT = Path(__file__).parents[2]
+CLIENT = ROOT / "protocol" / "tiny_client" / "client.mjs"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.net,
+    pytest.mark.skipif(NODE is None, reason="the tiny client needs Node.js 20 or newer"),
+]
+
+
+class TinyClient:
+    """One process of the client, in a folder of its own."""
+
+    def __init__(self, folder: Path, invite: Path, *options: str) -> None:
+        assert NODE is not None
+        self.home, self.log = folder / "tiny", folder / "tiny.log"
+        text = ROOT / "protocol" / "SPEC.md"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [NODE, str(CLIENT), "join", str(invite), "--home", str(self.home), "--text", str(text), *options],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                cwd=folder,
+                start_new_session=True,
+            )
+
+    def wait_end(self, seconds: float) -> None:
+        assert self.process.wait(seconds) == 0, self.log.read_text()
+
+    @property
+    def key(self) -> bytes:
+        return PrivateKey.from_bytes(bytes.fromhex((self.home / "peer.key").read_text())).public
+
+    def accepted(self, records: list[RoundRecord]) -> list[int]:
+        """The rounds whose records count a packet of this client."""
+        return [
+            record.round
+            for record in records
+            if any(entry.peer == self.key and entry.verdict == Verdict.ACCEPTED for entry in record.entries)
+        ]
+
+    def check_roots(self, records: list[RoundRecord]) -> None:
+        """Every state that the client reached is one of the ledger, and no update led it elsewhere."""
+        said = self.log.read_text()
+        assert "another root" not in said, said
+        roots = {record.state_root.hex()[:16] for record in records}
+        reached = [line.split()[-1] for line in said.splitlines() if "the state has the root" in line]
+        assert len(reached) > 1 and set(reached) <= roots
+
+
+@contextmanager
+def tiny_client(folder: Path, invite: Path, *options: str) -> Iterator[TinyClient]:
+    client = TinyClient(folder, invite, *options)
+    try:
+        yield client
+    finally:
+        if client.process.poll() is None:
+            client.process.kill()
+            client.process.wait()
+
+
+def python_peer(swarm: Swarm, *options: str) -> Program:
+    home = str(swarm.folder / "python")
+    taste = ("--threads", "1", "--dtype", "float32", "--device", "cpu")
+    return swarm.start("python", "join", str(swarm.run / "invite.txt"), "--home", home, *taste, *options)
+
+
+@pytest.mark.parametrize("options", [(), ("--plaintext-local",)], ids=["tls", "plaintext"])
+def test_its_packets_count_and_its_parameters_are_those_of_all(tmp_path: Path, options: tuple[str, ...]) -> None:
+    run = make_run(tmp_path, rounds=8)
+    with Swarm(tmp_path, run) as swarm:
+        aggregator = swarm.start("aggregator", "aggregate", str(run), *options)
+        aggregator.wait_event("aggregator ready")
+        peer = python_peer(swarm, *options)
+        with tiny_client(tmp_path, run / "invite.txt", *options) as client:
+            finish([peer], aggregator, 8)
+            client.wait_end(20)
+    records = ledger(run)
+    assert client.accepted(records), client.log.read_text()
+    contributors = [sum(entry.verdict == Verdict.ACCEPTED for entry in record.entries) for record in records]
+    assert 2 in contributors, "in no round was it merged with the other's packet"
+    client.check_roots(records)
+    assert f"round 8: the state has the root {records[-1].state_root.hex()[:16]}" in client.log.read_text()
+
+
+def test_killed_in_a_round_it_settles_and_goes_on_from_its_stored_state(tmp_path: Path) -> None:
+    run = make_run(tmp_path, rounds=500, steps=20)
+    invite = run / "invite.txt"
+    with Swarm(tmp_path, run) as swarm:
+        aggregator = swarm.aggregator()
+        swarm.peer("python")
+        with tiny_client(tmp_path, invite) as client:
+            aggregator.wait_event("round closed", 60, round=2)
+            client.process.kill()
+            client.process.wait()
+        closed = len(aggregator.all("round closed"))
+        aggregator.wait_event("round closed", 60, round=closed + 2)
+        with tiny_client(tmp_path, invite, "--rounds", "4") as client:
+            client.wait_end(60)
+    records = ledger(run)
+    assert any(number > closed for number in client.accepted(records)), client.log.read_text()
+    client.check_roots(records)
+
+
+def test_control_c_leaves_the_swarm(tmp_path: Path) -> None:
+    run = make_run(tmp_path, rounds=500, steps=20)
+    with Swarm(tmp_path, run) as swarm:
+        aggregator = swarm.aggregator()
+        swarm.peer("python")
+        with tiny_client(tmp_path, run / "invite.txt") as client:
+            aggregator.wait_event("round closed", 60, round=2)
+            os.killpg(client.process.pid, signal.SIGINT)
+            client.wait_end(10)
+            aggregator.wait_event("peer left", 30, peer=client.key.hex())
+    assert "left after" in client.log.read_text()
