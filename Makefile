@@ -5,6 +5,7 @@
 #   make test     the whole test suite
 #   make fix      let ruff format and repair what it can
 #   make proto    regenerate peer/net/pb from proto/swarm.proto
+#   make vectors  regenerate protocol/vectors from protocol/cases; `make lint` fails when they differ
 #   make ci       everything that CI runs
 #   make venv     only set up .venv
 #   make clean    remove what the tools left behind (not .venv, not runs/)
@@ -23,7 +24,7 @@ HF := .venv/.stamp-hf
 # Arguments for the demo, for example: make demo ARGS="--peers 3"
 ARGS :=
 
-.PHONY: help venv demo check lint test fix proto ci clean
+.PHONY: help venv demo check lint test fix proto vectors ci clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -62,6 +63,7 @@ lint: $(DEV)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(PY) -m protocol.make_vectors --check
 
 check: lint
 	$(PY) -m pytest -q -m 'not slow and not hf'
@@ -77,6 +79,9 @@ fix: $(DEV)
 proto: $(DEV)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m grpc_tools.protoc -I peer/net/pb=proto \
 	  --python_out=. --mypy_out=. peer/net/pb/swarm.proto
+
+vectors: $(DEV)
+	$(PY) -m protocol.make_vectors
 
 # The tests come last, so that their summary ends the log.
 ci: $(HF)

@@ -40,6 +40,7 @@ WORLD = {
 SHARED = {"peer.errors", "peer.journal", "peer.store", "peer.telemetry", "peer.config"}
 FORBIDDEN: dict[str, set[str]] = {
     "protocol": {"peer", "bench", "tests", *WORLD},
+    "protocol.conformance": {"peer", "bench", "tests"},  # a command line that runs somebody's client
     "peer.core": {"peer", "bench", "tests", *WORLD},
     "peer.data": {"peer", "bench", "tests", "asyncio", "grpc", "hivemind", "socket"},
     "peer.net": {"peer", "bench", "tests", "torch", "safetensors", "matplotlib"},

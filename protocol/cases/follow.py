@@ -1,0 +1,181 @@
+"""What a replica makes of the records that it is shown (SPEC 12)."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from protocol.cases.records import APPLIED, GENESIS, NULL, STATE_1, STATE_2, TEXT, Entry, Record, ordered
+from protocol.cases.vector import BASE, STRANGER, Fields, Row, Vector, noise, table
+
+STATE_3 = bytes([0x53]) * 32
+MINE = noise("mine", 32)
+
+# A chain of three rounds, the middle one null; the packet MINE is accepted in round 1.
+ONE = replace(APPLIED, entries=ordered(Entry(packet=MINE), Entry(STRANGER.public)))
+TWO = replace(NULL, round=2, previous=ONE.digest, state_root=STATE_1)
+THREE = replace(APPLIED, round=3, previous=TWO.digest, state_root=STATE_3)
+# Others of the same rounds: one more of this epoch, and a branch of the next.
+WITHOUT = replace(APPLIED, state_root=STATE_2)
+BRANCH_1 = replace(WITHOUT, epoch=1)
+BRANCH_2 = replace(BRANCH_1, round=2, previous=BRANCH_1.digest, state_root=STATE_3)
+
+
+def told(*events: Record | dict[str, Any], held: Record = GENESIS, packets: dict[int, bytes] | None = None) -> Fields:
+    """The fields of a request."""
+    return {
+        "run": TEXT,
+        "held": held.data,
+        "packets": [[round, digest] for round, digest in (packets or {}).items()],
+        "events": [{"record": event.data} if isinstance(event, Record) else event for event in events],
+    }
+
+
+def opened(round: int, base_root: bytes, inner_steps: int = 4) -> dict[str, Any]:
+    """An aggregator says that a round is open."""
+    return {"opened": {"round": round, "base_root": base_root, "inner_steps": inner_steps}}
+
+
+def settle_rows() -> Iterator[Row]:
+    """What becomes of packets."""
+    one, mine = ordered(Entry(packet=MINE))[0], {1: MINE}
+    yield "accepted", "The record lists the packet as accepted.", told(ONE, packets=mine), None
+    yield "absent", "A packet that no record lists is undone.", told(APPLIED, packets=mine), None
+    for verdict, code, name in ((1, 319, "late"), (2, 302, "refused")):
+        entry = replace(one, verdict=verdict, code=code, weight=0, clip=0)
+        record = replace(ONE, entries=ordered(entry, Entry(STRANGER.public)))
+        yield name, f"A packet that the record lists as {name} is undone.", told(record, packets=mine), None
+    entry = replace(one, verdict=2, code=321, weight=0, clip=0)
+    yield "null", "In a null round every packet is undone.", told(replace(NULL, entries=(entry,)), packets=mine), None
+    yield "null-absent", "In a null round every packet is undone.", told(NULL, packets=mine), None
+    yield "other-digest", "Another packet of ours is accepted, not this one.", told(ONE, packets={1: bytes(32)}), None
+    why = "Round by round: one accepted, one in a null round, one accepted."
+    packets = {1: MINE, 2: noise("second", 32), 3: APPLIED.entries[0].packet}
+    yield "three-rounds", why, told(ONE, TWO, THREE, packets=packets), None
+    yield "no-packet", "Without a packet there is nothing to settle.", told(ONE, TWO, THREE), None
+    yield "only-second", "A packet of a later round waits for its own record.", told(ONE, TWO, packets={2: MINE}), None
+    yield "waiting", "Nothing is settled before the record is there.", told(packets=mine), None
+    yield "again", "A record that comes again settles nothing.", told(ONE, ONE, packets={**mine, 2: MINE}), None
+    why = "A receipt says only that sending again is needless; the record decides."
+    yield "receipt-and-absent", why, told({"receipt": 0}, APPLIED, packets=mine), None
+    yield "refused-but-recorded", why, told({"receipt": 318}, ONE, packets=mine), None
+
+
+def receipt_rows() -> Iterator[Row]:
+    """Which refusals are worth another try."""
+    again = {704: "BUSY", 705: "WRONG_DIGEST", 702: "BAD_SESSION"}
+    for code in (0, 102, 302, 305, 316, 318, 319, 320, 321, *again):
+        why = f"{again[code]} is worth another try." if code in again else f"{code} ends the sending."
+        yield str(code), why, told({"receipt": code}, packets={1: MINE}), None
+
+
+def chain_rows() -> Iterator[Row]:
+    """Records in and out of order."""
+    yield "in-order", "Each record follows the one before.", told(ONE, TWO, THREE), None
+    yield "head-again", "A watch begins with the newest record, which may be known.", told(GENESIS, ONE, ONE), None
+    yield "older-again", "A record that was the head before changes nothing.", told(ONE, TWO, ONE), None
+    yield "gap", "The records between have to be fetched before the head moves.", told(ONE, THREE), None
+    yield "gap-filled", "Once they are there the chain goes on.", told(ONE, THREE, TWO, THREE), None
+    why = "Nothing is settled by a record beyond a gap."
+    yield "gap-unsettled", why, told(TWO, packets={1: MINE}), None
+    yield (
+        "gap-settled",
+        "The records of the gap settle the packet.",
+        told(THREE, ONE, TWO, THREE, packets={1: MINE}),
+        None,
+    )
+    yield "before-held", "A record from before the held one tells nothing.", told(ONE, GENESIS, held=TWO), None
+    yield "epoch-within", "An epoch may rise from one record to the next.", told(ONE, replace(TWO, epoch=5)), None
+    second = replace(APPLIED, state_root=STATE_2)
+    yield "second", "Of two records of one round and epoch the first holds.", told(ONE, second), None
+    why = "It does not matter how much later the second comes."
+    yield "second-later", why, told(ONE, TWO, THREE, second), None
+    yield "second-unsettled", "The second settles nothing.", told(ONE, second, packets={1: MINE, 2: MINE}), None
+    unfit = replace(TWO, previous=second.digest)
+    yield "unfit", "The next record names another predecessor, in one epoch.", told(ONE, unfit), None
+    moved = replace(TWO, state_root=STATE_2)
+    yield "null-moved", "A null round that changes the state does not follow.", told(ONE, moved), None
+
+
+def branch_rows() -> Iterator[Row]:
+    """Two branches: the higher epoch is followed."""
+    yield "same-round", "Another record of the head's round, of a higher epoch.", told(ONE, BRANCH_1), None
+    yield "and-on", "The new branch goes on.", told(ONE, BRANCH_1, BRANCH_2), None
+    yield "back", "A branch may start far behind the head.", told(ONE, TWO, THREE, BRANCH_1), None
+    orphan = replace(BRANCH_2, previous=noise("unknown", 32))
+    yield "next-round", "The round after the head, but of another past.", told(ONE, orphan), None
+    why = "After the branch the old chain's records are of a lower epoch."
+    yield "lower", why, told(ONE, BRANCH_1, TWO), None
+    yield "lower-gap", "A lower epoch is ignored, however high its round.", told(BRANCH_1, THREE), None
+    yield "lower-same-round", "A lower epoch is ignored.", told(BRANCH_1, WITHOUT), None
+    yield "higher-gap", "A higher epoch beyond a gap is fetched first.", told(ONE, replace(THREE, epoch=2)), None
+    yield (
+        "undone-far-back",
+        "A branch from before the packet's round undoes it.",
+        told(ONE, replace(TWO, epoch=1), replace(BRANCH_1, epoch=2, entries=ONE.entries), packets={2: MINE}),
+        None,
+    )
+    held = replace(TWO, epoch=1)
+    taken = replace(BRANCH_2, previous=noise("unknown", 32), entries=(Entry(packet=MINE),))
+    yield "accepted-there", "The branch accepts the packet of its round.", told(ONE, taken, packets={2: MINE}), None
+    yield "undone", "A branch that skips the packet's round undoes it.", told(ONE, BRANCH_1, packets={2: MINE}), None
+    yield (
+        "unknown-past",
+        "After a branch its own past is not held.",
+        told(
+            ONE,
+            held,
+            replace(THREE, epoch=2),
+            replace(TWO, epoch=2, previous=noise("unknown", 32)),
+            replace(ONE, epoch=2),
+        ),
+        None,
+    )
+
+
+def refused_rows() -> Iterator[Row]:
+    """Records that section 8 refuses: the code stands for them, and nothing else changes."""
+    data = ONE.data
+    signature = {"record": data[:-1] + bytes([data[-1] ^ 1])}
+    yield "signature", "Nobody signed this.", told(signature, ONE), None
+    stranger = replace(ONE, key=STRANGER)
+    yield (
+        "stranger",
+        "A stranger's record changes nothing, however high its epoch.",
+        told(replace(stranger, epoch=9)),
+        None,
+    )
+    yield "cut", "A record cut short.", told({"record": data[:-1]}, packets={1: MINE}), None
+    yield "other-run", "A record of another run.", told(replace(ONE, run_id=bytes(32))), None
+    yield "meaning", "A record whose fields do not fit.", told(ONE, replace(TWO, reason=1)), None
+
+
+def opened_rows() -> Iterator[Row]:
+    """What an unsigned opening of a round may lead to."""
+    yield "usual", "It trains from the state of the record that it holds.", told(opened(1, BASE)), None
+    yield "other-base", "It never trains on a state that no record names.", told(opened(1, STATE_1)), None
+    yield "too-early", "Not for a round before its record is there.", told(opened(2, BASE)), None
+    yield "over", "Not for a round that is over.", told(ONE, opened(1, BASE), opened(1, STATE_1)), None
+    yield "null-before", "After a null round the state is that of before.", told(ONE, TWO, opened(3, STATE_1)), None
+    yield "too-many-steps", "Never more than inner.steps.", told(opened(1, BASE, 2**32 - 1)), None
+    yield "fewer-steps", "An aggregator may ask for fewer.", told(opened(1, BASE, 3)), None
+    yield "no-steps", "At least one.", told(opened(1, BASE, 0)), None
+    yield "packet-made", "At most one packet a round.", told(opened(1, BASE), packets={1: MINE}), None
+    last = replace(ONE, round=8, previous=noise("unknown", 32))
+    yield "finished", "The last round of the run is over.", told(opened(9, STATE_1), held=last), None
+    yield "last", "The last round of the run.", told(opened(8, STATE_1), held=replace(last, round=7)), None
+    yield (
+        "after-branch",
+        "After a branch it trains from the branch's state.",
+        told(ONE, BRANCH_1, opened(2, STATE_1), opened(2, STATE_2)),
+        None,
+    )
+
+
+def vectors() -> Iterator[Vector]:
+    """All vectors of the file."""
+    yield from table("settle", "follow", settle_rows())
+    yield from table("receipt", "follow", receipt_rows())
+    yield from table("chain", "follow", chain_rows())
+    yield from table("branch", "follow", branch_rows())
+    yield from table("refused", "follow", refused_rows())
+    yield from table("opened", "follow", opened_rows())
