@@ -1,5 +1,8 @@
 """The door to the codec: whatever path it takes, sections, residual and parameters are those of the reference."""
 
+import tracemalloc
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -170,3 +173,34 @@ def test_the_door_gives_the_same_bits_on_a_gpu(code_bits: int) -> None:
     check_compress(device, code_bits, 0.95, 9)
     check_outer_step(device, 9)
     assert codec.kernels_in_use(device).startswith(("Triton", "torch"))
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that numpy and Python held at once during the work, beyond what they held before."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.skipif(codec.kernels_in_use(CPU).startswith("torch"), reason="no C++ kernels here")
+def test_memory_beyond_inputs_and_outputs_is_less_than_one_tensor() -> None:
+    layout = Layout.of((f"t{index}", (64 * CHUNK,)) for index in range(16))
+    one_tensor = 4 * 64 * CHUNK
+    values = np.random.default_rng(1).standard_normal((3, layout.size), np.float32)
+    residual, outer, local = (torch.from_numpy(row) for row in values)
+    packets: list[list[bytes]] = []
+
+    def compress() -> None:
+        packets.append(codec.compress(residual, outer, local, layout, 0.95, 64, 2)[0])
+
+    def merge() -> None:
+        update.extend(codec.merge(packets * 8, [1024] * 8, [CLIP_ONE] * 8, layout, 64, 2, "mean", 1 << 16))
+
+    update: list[bytes] = []
+    assert peak_bytes(compress) - sum(map(len, packets[0])) < one_tensor
+    assert peak_bytes(merge) - sum(map(len, update)) < one_tensor
+    assert peak_bytes(lambda: codec.outer_step(outer, layout, update)) < one_tensor
+    assert peak_bytes(lambda: codec.check_sections(packets[0], layout, 64, 2)) < one_tensor
