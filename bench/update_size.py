@@ -4,7 +4,7 @@ Replicas of the demo's model train in this process, each on its own data, and ex
 round. In every round the first R packets are merged as a round of R peers would merge them. All sizes are those of the
 transport form, with everything included.
 
-    python -m bench.update_size --peers 64 --rounds 3 --k 64 256
+    python -m bench.update_size --peers 64 --rounds 2 --k 64 256
 """
 
 import argparse
@@ -50,6 +50,13 @@ class Sizes:
         """The form that travels."""
         return "bundle" if self.bundle_bytes < self.update_bytes else "update"
 
+    def line(self) -> str:
+        """A row of the table."""
+        return (
+            f"{self.k:4} {self.rule:16} {self.round:5} {self.peers:3} {self.update_bytes:9,} {self.bundle_bytes:9,} "
+            f"{self.density:8.3f} {self.bits_per_value:6.2f} {self.smaller}"
+        )
+
 
 def sizes_of(run: RunConfig, round: int, packets: Sequence[Sequence[bytes]], rule: str) -> Sizes:
     """Merge these packets of a round by a rule, and measure both forms."""
@@ -94,7 +101,10 @@ def measure(k: int, peers: int, rounds: int, seed: int, cache: Path) -> list[Siz
         for replica in replicas:
             replica.apply(update)
         print(f"k = {k}, round {round} of {rounds}: training loss {loss:.3f}", flush=True)
-        found += [sizes_of(run, round, packets[:count], rule) for count in COUNTS if count <= peers for rule in RULES]
+        rows = [sizes_of(run, round, packets[:count], rule) for count in COUNTS if count <= peers for rule in RULES]
+        for row in rows:
+            print(row.line(), flush=True)
+        found += rows
     return found
 
 
@@ -102,7 +112,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--k", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path(gettempdir()) / "sparseloco-bench")
@@ -110,19 +120,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"seed {arguments.seed}, {codec.kernels_in_use(torch.device('cpu'))}, torch {torch.__version__}")
-    rows = [
-        row
-        for k in arguments.k
-        for row in measure(k, arguments.peers, arguments.rounds, arguments.seed, arguments.cache)
-    ]
-    print(
-        f"\n{'k':>4} {'rule':16} {'round':>5} {'R':>3} {'update':>9} {'bundle':>9} {'density':>8} {'bits':>6} smaller"
-    )
-    for row in rows:
-        print(
-            f"{row.k:4} {row.rule:16} {row.round:5} {row.peers:3} {row.update_bytes:9,} {row.bundle_bytes:9,} "
-            f"{row.density:8.3f} {row.bits_per_value:6.2f} {row.smaller}"
-        )
+    print(f"{'k':>4} {'rule':16} {'round':>5} {'R':>3} {'update':>9} {'bundle':>9} {'density':>8} {'bits':>6} smaller")
+    rows = list[Sizes]()
+    for k in arguments.k:
+        rows += measure(k, arguments.peers, arguments.rounds, arguments.seed, arguments.cache)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(row) | {"smaller": row.smaller} for row in rows], indent=1))
 
