@@ -639,6 +639,23 @@ def test_packets(run: RunConfig, seed: int, changes: Any, section_changes: Any, 
     agree("check", "packet", run=text_of(run), **fields)
 
 
+@pytest.mark.parametrize("kind", ["packet", "packet-wire", "update", "update-wire", "record", "run", "dht"])
+def test_versions_have_two_bytes(kind: str) -> None:
+    run = make_run()
+    of_update = kind.startswith("update")
+    header, sections = an_update(run, 0)[1:] if of_update else a_packet(run, 0)
+    raw = {"record": record_of(run, KEY), "run": signed_run(run), "dht": b"SLDR\1\0" + bytes(75)}.get(kind, header)
+    raw = raw[:5] + b"\1" + raw[6:]
+    fields: dict[str, Any] = {"run": text_of(run), "bytes": raw}
+    if kind in ("packet", "update"):
+        fields |= {"header": raw, "sections": sections, "round": 3, "base_root": BASE, "digest": BASE}
+    elif kind == "run":
+        fields["run_id"] = None
+    elif kind == "dht":
+        fields |= {"key": f"slp/{BASE.hex()}/peers", "subkey": KEY.public, "expiration": 0, "now": 0}
+    assert agree("check", kind, **fields) == {"refused": Code.VERSION}
+
+
 def spoiled(sections: tuple[bytes, ...], changes: Any, which: Any) -> tuple[bytes, ...]:
     if which == "fewer":
         return sections[:-1]
@@ -1190,6 +1207,17 @@ def test_payloads_of_dht_records(rest: bytes, kind: int) -> None:
     unsigned = struct.pack("<4sHBQH", b"SLDR", 1, kind, 5000, len(payload)) + payload
     value = unsigned + KEY.sign("dht", spec.dht_message(key, KEY.public, unsigned))
     agree("check", "dht", key=key, subkey=KEY.public, expiration=5000, now=4000, bytes=value)
+
+
+@pytest.mark.parametrize("length", [1023, 1024, 1025])
+def test_dht_records_of_about_a_kibibyte(length: int) -> None:
+    places = ["a" * 249 + ":65535"] * 3 + ["a" * (length - 921) + ":1"]
+    fields = {"certificate": bytes(32), "round": 7, "head_digest": BASE, "addresses": places}
+    key = f"slp/{BASE.hex()}/peers"
+    value = spec.make_dht_record(key, KEY.to_bytes(), 5000, **fields)
+    assert len(value) == length
+    asked = {"key": key, "subkey": KEY.public, "expiration": 5000, "now": 4000}
+    assert ("ok" in agree("check", "dht", **asked, bytes=value)) == (length <= 1024)
 
 
 DHT_KEYS = ("", "slp", "slp/{}", "slp/{}/peers/", "slp/A{}/peers", "slq/{}/peers", "slp/{}/peer", "slp/{}/peers\n")
