@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,14 @@ def contents(vectors: Iterable[Vector]) -> str:
     return f'{{"runs": {runs},\n "vectors": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     """Write or compare every file; the exit status is 1 when one differs from what is made."""
     parser = argparse.ArgumentParser(prog="python -m protocol.make_vectors", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
-    check = parser.parse_args().check
-    different = {path.name for path in FOLDER.glob("*.json")} - set(FILES)
+    check = parser.parse_args(arguments).check
+    different = {path.name for path in folder.glob("*.json")} - set(FILES)
     for name, vectors in FILES.items():
-        path, text = FOLDER / name, contents(vectors())
+        path, text = folder / name, contents(vectors())
         if not check:
             path.write_text(text, "ascii")
         elif not path.exists() or path.read_text("ascii") != text:

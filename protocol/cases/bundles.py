@@ -15,6 +15,7 @@ from protocol.identity import PrivateKey, digest, merkle_root
 from protocol.packing import decode_section
 from protocol.run import RunConfig
 from protocol.update import encode_update_section
+from protocol.wire import bundle_bytes_max
 
 SHAPES: tuple[tuple[str, tuple[int, ...]], ...] = (("bias", (3,)), ("weight", (4100,)))
 STATE = bytes([0x53]) * 32
@@ -106,6 +107,7 @@ def bad_rows() -> Iterator[Row]:
         ("one-packet", "The second packet is missing.", joined([first]), Code.TRUNCATED),
         ("cut", "The last byte is missing.", data[:-1], Code.TRUNCATED),
         ("trailing", "A byte is left over.", data + b"\0", Code.TRAILING),
+        ("too-large", "One byte more than two packets can have.", bytes(bundle_bytes_max(run, 2) + 1), Code.TOO_LARGE),
         ("hostile", "A size is believed of nobody.", hostile, Code.TOO_LARGE),
         ("order", "Packets are in the order of the record.", joined([second, first]), Code.WRONG_DIGEST),
         ("twice", "The same packet twice.", joined([first, first]), Code.WRONG_DIGEST),

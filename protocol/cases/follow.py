@@ -166,9 +166,11 @@ def opened_rows() -> Iterator[Row]:
     yield (
         "after-branch",
         "After a branch it trains from the branch's state.",
-        told(ONE, BRANCH_1, opened(2, STATE_1), opened(2, STATE_2)),
+        told(ONE, BRANCH_1, opened(2, STATE_2)),
         None,
     )
+    old = told(ONE, BRANCH_1, opened(2, STATE_1))
+    yield "abandoned-state", "After a branch it does not train from the state that it left.", old, None
 
 
 def vectors() -> Iterator[Vector]:

@@ -210,6 +210,7 @@ def bad_invite_rows() -> Iterator[Row]:
         "address-not-ascii": ("An address is ASCII.", invite(body([b"h\xf6st:1"]))),
         "bootstrap": ("A bootstrap ends in /p2p/NAME.", invite(body(bootstraps=["/ip4/1.2.3.4/tcp/4"]))),
         "bootstrap-relative": ("A bootstrap begins with a slash.", invite(body(bootstraps=["ip4/1.2.3.4/p2p/Q"]))),
+        "4097-characters": ("At most 4096 characters, blanks included.", text + " " * (4097 - len(text))),
         "2049-characters": ("At most 2048 characters.", invite(body(["a" * 249 + ":65535"] * 6))),
     }
     for name, (why, each) in damaged.items():

@@ -161,7 +161,9 @@ const TABLES = {
 class Digits { constructor(source) { this.source = source } }
 
 function parseJson(source) {
-  const marked = source.replace(/"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*/g, part => part[0] === '"' ? part : `{"#":"${part}"}`)
+  // A text that does not end is matched too, so that the search never turns back and hostile input costs linear time.
+  const tokens = /"(?:[^"\\]+|\\[^])*\\?(?:"|$)|-?[0-9][0-9.eE+-]*/g
+  const marked = source.replace(tokens, part => part[0] === '"' ? part : `{"#":"${part}"}`)
   return JSON.parse(marked, (_, value) => value && typeof value['#'] === 'string' ? new Digits(value['#']) : value)
 }
 
