@@ -244,9 +244,11 @@ class Client:
         return record
 
     def _offer_of(self, event: RoundClosed, record: RoundRecord) -> _Offer | None:
-        """The bundle that saves bytes; one beyond its bound is none of this run."""
-        size_max = min(bundle_bytes_max(self.run, len(accepted(record.entries))), event.update_bytes - 1)
-        return _Offer(record.digest, event.bundle_bytes) if 0 < event.bundle_bytes <= size_max else None
+        """The bundle that saves bytes, if there is one whose packets fit into the memory that any update may need."""
+        size_max = bundle_bytes_max(self.run, len(accepted(record.entries)))
+        smaller = 0 < event.bundle_bytes < event.update_bytes and event.bundle_bytes <= size_max
+        fits = size_max <= update_wire_bytes_max(self.run)
+        return _Offer(record.digest, event.bundle_bytes) if smaller and fits else None
 
     async def _prepare(self, link: Link) -> None:
         """Fetch and verify the run, then make its data and the replica."""

@@ -24,9 +24,12 @@ from protocol.run import RunSettings
 from tests.peer.swarm import Event
 
 
-def make_run_folder(folder: Path, settings: RunSettings) -> Path:
-    """One run for all swarms of a test file, so that they train the same model on the same data with the same keys."""
-    patient = dataclasses.replace(settings.rounds, grace_s_max=60.0, deadline_s=100.0)
+def make_run_folder(folder: Path, settings: RunSettings, quorum: int) -> Path:
+    """One run for all swarms of a test file, so that they train the same model on the same data with the same keys.
+
+    Its rounds wait long for so many packets, and some seconds for the others, lest a busy machine decide what happens.
+    """
+    patient = dataclasses.replace(settings.rounds, quorum=quorum, grace_s_min=4.0, grace_s_max=60.0, deadline_s=100.0)
     new_run(dataclasses.replace(settings, rounds=patient), folder / "run", RunPlace("127.0.0.1", 7700, 7701))
     (folder / "data").mkdir()
     return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from peer.aggregator import Aggregator
+from peer.core import codec
 from peer.merge import accepted, sections_of_bundle, sections_of_update
 from peer.net.messages import RoundClosed
 from peer.operator import OperatorFolder
@@ -77,7 +78,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = parse_settings(SETTINGS.format(rounds=ROUNDS, steps=4, grace_s=3.0))
     # So many values that the bundle is the larger form in the first round and the smaller one in the last.
     dense = dataclasses.replace(settings.compression, k=2048)
-    return make_run_folder(tmp_path_factory.mktemp("bundle"), dataclasses.replace(settings, compression=dense))
+    return make_run_folder(tmp_path_factory.mktemp("bundle"), dataclasses.replace(settings, compression=dense), PEERS)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,15 @@ async def test_either_form_leads_to_the_same_roots(
     events = await swarm(tmp_path, run_folder, kind)
     form = "update" if kind is UpdatesOnly else "bundle"
     assert fields(events, "round", "form") == [form] * PEERS * ROUNDS
+    assert roots(events) == roots(honest[1])
+
+
+async def test_machines_without_kernels_end_with_the_same_roots(
+    tmp_path: Path, run_folder: Path, honest: tuple[Path, list[Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "_NATIVE", None)
+    events = await swarm(tmp_path, run_folder)
+    assert set(fields(events, "kernels", "path")) == {"torch and numpy"}
     assert roots(events) == roots(honest[1])
 
 

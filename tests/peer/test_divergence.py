@@ -34,7 +34,7 @@ class DivergesAtTheEnd(Client):
 
 @pytest.mark.parametrize("kind", [DivergesInTraining, DivergesAtTheEnd])
 async def test_a_peer_that_diverged_goes_on_with_the_next_round(tmp_path: Path, kind: type[Client]) -> None:
-    run = make_run_folder(tmp_path, parse_settings(SETTINGS.format(rounds=4, steps=4, grace_s=3.0)))
+    run = make_run_folder(tmp_path, parse_settings(SETTINGS.format(rounds=4, steps=4, grace_s=3.0)), quorum=1)
     events = await swarm(tmp_path / "swarm", run, peers=(Client, kind))
     assert fields(events, "round closed", "accepted") == [2, 1, 2, 2]
     assert any("the work of round 2 is lost" in why and "diverged" in why for why in fields(events, "alarm", "why"))
