@@ -339,7 +339,7 @@ const f32 = Math.fround
 const UNIT = 2 ** -38
 const halve = (value, bits) => Math.floor(value / 2 ** bits) // a right shift for integers above 2^31
 
-/** beta * residual + (outer - local). A double holds each exact result, so one fround is the one rounding. */
+/** beta * residual + (outer - local). Doubles have more than twice the digits of floats, so rounding twice is rounding once. */
 export function accumulate(beta, residual, outer, local) {
   const factor = f32(beta)
   return Float32Array.from(residual, (value, i) => f32(f32(factor * value) + f32(outer[i] - local[i])))
@@ -2115,12 +2115,11 @@ function loadKey(path) {
   return privateKey(unhex(seed))
 }
 
-async function startPeer(link, invite, home, key, text, rounds) {
+async function startPeer(link, invite, home, key, tokens, rounds) {
   const run = readSignedRun(await link.fetch('run', invite.runId, (4 << 20) + 74), invite.runId)
   if (run.data.tokenizer !== 'bytes') throw new Error('this run has a tokenizer of its own; this client knows bytes alone')
   if (run.model.vocab_size < 256) throw new Error('the vocabulary is too small for bytes')
-  const tokens = readFileSync(text)
-  if (tokens.length <= run.data.sequence_length + 1) throw new Error(`${text} is shorter than one sequence of the run`)
+  if (tokens.length <= run.data.sequence_length + 1) throw new Error('the text is shorter than one sequence of the run')
   const folder = joinPath(home, hex(invite.runId).slice(0, 16))
   mkdirSync(folder, { recursive: true })
   say(`run ${run.name}, ${run.layout.size} values, key ${hex(key.public)}`)
@@ -2132,6 +2131,7 @@ async function joinRun(word, { home, text, rounds = Infinity, plaintextLocal }) 
   const encrypted = invite.certificate.some(byte => byte !== 0)
   if (!encrypted && !plaintextLocal) throw new Error('the invite is for plaintext; on one machine, say --plaintext-local')
   if (!invite.addresses.length) throw new Error('the invite names no aggregator address, and this client has no DHT')
+  const tokens = readFileSync(text) // one token a byte
   mkdirSync(home, { recursive: true })
   const key = loadKey(joinPath(home, 'peer.key'))
   let peer = null, link = null, leaving = false
@@ -2139,7 +2139,7 @@ async function joinRun(word, { home, text, rounds = Infinity, plaintextLocal }) 
   for (let turn = 0, pause = 1; !leaving && !peer?.finished; turn++) {
     try {
       link = await Link.open(invite.addresses[turn % invite.addresses.length], invite, key, plaintextLocal)
-      peer ??= await startPeer(link, invite, home, key, text, rounds)
+      peer ??= await startPeer(link, invite, home, key, tokens, rounds)
       pause = 1
       await peer.takePart(link)
     } catch (error) {
@@ -2174,7 +2174,7 @@ async function main([command, ...rest]) {
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   main(process.argv.slice(2)).then(() => process.exit(0), error => {
-    console.error(`error: ${error instanceof Refused || error instanceof LinkError ? error.message : error.stack}`)
+    console.error(`error: ${error.message}`)
     process.exit(1)
   })
 }
