@@ -1233,7 +1233,7 @@ function stepsFor(run, chain, { round, baseRoot, innerSteps }) {
   return continues ? Math.min(Math.max(1, innerSteps), run.inner.steps) : 0
 }
 
-const counts = (record, round, packetDigest) =>
+const isAccepted = (record, round, packetDigest) =>
   record.round === round && record.accepted.some(({ packet }) => same(packet, packetDigest))
 const worthAnotherTry = code => [CODES.BUSY, CODES.WRONG_DIGEST, CODES.BAD_SESSION].includes(code)
 
@@ -1389,7 +1389,7 @@ function follow(q) {
     const record = readRecord(bytes, q.run)
     const decision = judge(chain, record)
     if (decision !== 'next' && decision !== 'branch') return decision
-    if (waiting) settled.push([waiting.round, counts(record, waiting.round, waiting.packet)])
+    if (waiting) settled.push([waiting.round, isAccepted(record, waiting.round, waiting.packet)])
     moveTo(chain, record, decision === 'branch')
     makeNext()
     return decision
@@ -1626,6 +1626,21 @@ export function lossAndGradient(config, w, g, tokens) {
   return loss
 }
 
+/** Names and sizes of all parameters of a model. */
+function parametersOf(config) {
+  const { hidden_size: D, intermediate_size: F, vocab_size: V, num_attention_heads: heads, num_key_value_heads: shared } = config
+  const KV = D / heads * shared
+  const layer = {
+    input_layernorm: D, post_attention_layernorm: D, 'self_attn.q_proj': D * D, 'self_attn.k_proj': KV * D, 'self_attn.v_proj': KV * D,
+    'self_attn.o_proj': D * D, 'mlp.gate_proj': D * F, 'mlp.up_proj': D * F, 'mlp.down_proj': D * F,
+  }
+  const sizes = { 'model.embed_tokens.weight': V * D, 'model.norm.weight': D, ...!config.tie_word_embeddings && { 'lm_head.weight': V * D } }
+  for (let i = 0; i < config.num_hidden_layers; i++) {
+    for (const [part, size] of Object.entries(layer)) sizes[`model.layers.${i}.${part}.weight`] = size
+  }
+  return sizes
+}
+
 /** Views of a flat array by the names of the tensors. */
 const views = (flat, layout) => Object.fromEntries(layout.tensors.map(({ name, offset, size }) => [name, flat.subarray(offset, offset + size)]))
 
@@ -1687,6 +1702,8 @@ function fieldsOf(message) {
   }
   return fields
 }
+
+const areBytes = (...values) => demand(values.every(Buffer.isBuffer), 'BAD_MESSAGE', 'a field is missing or of another kind')
 
 /** The connection is down, refused or silent; another try may help. */
 class LinkError extends Error {}
@@ -1784,31 +1801,39 @@ class Link {
     const call = new Call(this.session, 'Join'), replies = call.messages(), nonce = randomBytes(32)
     const hello = [numberField(1, 1), bytesField(2, invite.runId), bytesField(3, key.public), bytesField(4, nonce)]
     call.send(bytesField(1, join(hello)))
-    const { 1: theirs, 2: aggregator, 3: signature } = fieldsOf((await next(replies))[1] ?? zeros(0))
-    demand(theirs?.length === 32 && signature && aggregator, 'BAD_MESSAGE', 'a malformed challenge')
+    const { 1: challenge } = await next(replies)
+    areBytes(challenge)
+    const { 1: theirs, 2: aggregator, 3: signature } = fieldsOf(challenge)
+    areBytes(theirs, aggregator, signature)
+    demand(theirs.length === 32, 'BAD_MESSAGE', 'a nonce has 32 bytes')
     demand(same(aggregator, invite.aggregator), 'NOT_AN_AGGREGATOR', 'not the aggregator of the invite answers')
     const proven = transcript(invite.runId, key.public, nonce, theirs, certificate)
     checkSignature(aggregator, 'join-aggregator', proven, signature)
     call.send(bytesField(2, bytesField(1, key.sign('join-peer', join([proven, aggregator])))))
     call.end()
-    const welcome = fieldsOf((await next(replies))[2] ?? zeros(0))
-    demand(welcome[1] && welcome[2], 'BAD_MESSAGE', 'a malformed welcome')
-    Object.assign(this, { token: welcome[1], head: welcome[2] })
+    const { 2: welcome } = await next(replies)
+    areBytes(welcome)
+    const { 1: token, 2: head } = fieldsOf(welcome)
+    areBytes(token, head)
+    Object.assign(this, { token, head })
     await replies.return()
   }
 
   /** Yields { closed } and { opened } as they happen. */
   async * watch() {
-    const call = this.watching = new Call(this.session, 'Watch')
+    const call = new Call(this.session, 'Watch')
     call.send(bytesField(1, this.token))
     call.end()
     for await (const { 2: opened, 3: closed } of call.messages()) {
-      if (closed) {
+      if (closed !== undefined) {
+        areBytes(closed)
         const { 1: record, 2: updateBytes = 0, 3: bundleBytes = 0 } = fieldsOf(closed)
+        areBytes(record)
         yield { closed: { record, updateBytes, bundleBytes } }
-      } else if (opened) {
+      } else if (opened !== undefined) {
+        areBytes(opened)
         const { 1: round, 2: baseRoot, 3: innerSteps = 0, 4: closesInMs = 0 } = fieldsOf(opened)
-        demand(round && baseRoot, 'BAD_MESSAGE', 'a malformed open round')
+        areBytes(baseRoot)
         yield { opened: { round, baseRoot, innerSteps, closesInMs } }
       }
     }
@@ -1821,6 +1846,7 @@ class Link {
     call.end()
     let size = null, got = 0
     for await (const { 1: whole = 0, 2: data = zeros(0) } of call.messages()) {
+      areBytes(data)
       size ??= whole
       parts.push(data)
       got += data.length
@@ -1840,10 +1866,12 @@ class Link {
       call.end() // the aggregator answers when it sees the end
       reply = await next(replies)
     }
-    const receipt = fieldsOf(reply[2] ?? zeros(0))
-    demand(receipt[1] && same(receipt[1], name), 'BAD_MESSAGE', 'a receipt for something else')
+    areBytes(reply[2])
+    const { 1: named, 2: accepted = 0, 3: code = 0 } = fieldsOf(reply[2])
+    areBytes(named)
+    demand(same(named, name), 'BAD_MESSAGE', 'a receipt for something else')
     await replies.return()
-    return receipt[2] ? 0 : receipt[3]
+    return accepted ? 0 : code
   }
 
   close() { this.session.destroy() }
@@ -1858,7 +1886,8 @@ class Replica {
   constructor(folder, run) {
     Object.assign(this, { path: joinPath(folder, 'replica.bin'), run, record: null, packet: null, outer: null, lastMade: 0 })
     this.residual = new Float32Array(run.layout.size)
-    if (existsSync(this.path)) this.load()
+    if (!existsSync(this.path)) return
+    try { this.load() } catch (error) { throw new Error(`${this.path} is damaged (${error.message}); delete it and join again`) }
   }
 
   load() {
@@ -1885,7 +1914,7 @@ class Replica {
   /** Before the state moves on: the packet stands when the record lists it, else everything goes back into the residual. */
   settle(record, local) {
     if (this.packet) {
-      const stands = counts(record, this.packet.round, this.packet.digest)
+      const stands = isAccepted(record, this.packet.round, this.packet.digest)
       say(`round ${this.packet.round}: the packet ${stands ? 'counts' : 'does not count and is kept for later'}`)
       if (!stands) this.residual = this.packet.undone
       this.packet = null
@@ -1952,22 +1981,22 @@ class Peer {
   }
 
   async onRecord(record, sizes) {
-    const decision = this.chain ? judge(this.chain, record) : 'first'
-    if (decision === 'second') say(`the aggregator signed two records of round ${record.round}; the first one holds`)
-    if (['known', 'lower', 'old', 'second'].includes(decision)) return
-    const local = await this.stopWork()
+    let decision = this.chain ? judge(this.chain, record) : 'first'
     const trail = decision === 'gap' ? await this.recordsBetween(record) : [record]
-    const { replica } = this
+    if (decision === 'gap' && !follows(this.chain.head, trail[0]) && record.epoch === this.chain.head.epoch) decision = 'second'
+    if (decision === 'second') say(`round ${record.round}: the aggregator signed another record in this epoch; the first one holds`)
+    if (['known', 'lower', 'old', 'second'].includes(decision)) return
+    const local = await this.stopWork(), { replica } = this
     const deciding = trail.find(({ round }) => round === replica.packet?.round) ?? record
-    const before = replica.outer && replica.outer.slice()
     this.accepted += replica.settle(deciding, local) ? 1 : 0
     if (decision === 'next') await this.applyRecord(record, sizes)
     else replica.outer = await fetchState(this.link, this.run, record)
     replica.record = record
     replica.save()
-    if (this.chain) moveTo(this.chain, record, decision !== 'next')
-    else this.chain = startChain(record)
-    if (before) this.moved++
+    if (this.chain) {
+      moveTo(this.chain, record, decision !== 'next')
+      this.moved++
+    } else this.chain = startChain(record)
     say(`round ${record.round}: the state has the root ${hex(record.stateRoot).slice(0, 16)}`)
   }
 
@@ -1987,15 +2016,17 @@ class Peer {
 
   async applyRecord(record, sizes) {
     if (record.kind === NULL) return
-    const { replica, run } = this
-    const sections = await fetchUpdate(this.link, run, this.chain.head, record, sizes)
-    let outer = replica.outer.slice()
-    run.layout.tensors.forEach(({ offset, size }, i) => applyUpdate(outer.subarray(offset, offset + size), sections[i]))
-    if (!same(stateRoot(outer), record.stateRoot)) {
-      say(`round ${record.round}: the state has another root than the record; loading it anew`)
-      outer = await fetchState(this.link, run, record)
+    const { replica, run } = this, outer = replica.outer.slice()
+    try {
+      const sections = await fetchUpdate(this.link, run, this.chain.head, record, sizes)
+      run.layout.tensors.forEach(({ offset, size }, i) => applyUpdate(outer.subarray(offset, offset + size), sections[i]))
+      demand(same(stateRoot(outer), record.stateRoot), 'BAD_STATE', 'the update leads to another root than that of the record')
+      replica.outer = outer
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error
+      say(`round ${record.round}: ${error.message}; loading the state instead`)
+      replica.outer = await fetchState(this.link, run, record)
     }
-    replica.outer = outer
   }
 
   /** Inner steps that never became a packet are kept for later, so that leaving loses nothing. */
@@ -2118,6 +2149,9 @@ function loadKey(path) {
 async function startPeer(link, invite, home, key, tokens, rounds) {
   const run = readSignedRun(await link.fetch('run', invite.runId, (4 << 20) + 74), invite.runId)
   if (run.data.tokenizer !== 'bytes') throw new Error('this run has a tokenizer of its own; this client knows bytes alone')
+  const sizes = parametersOf(run.model), { tensors } = run.layout
+  const fits = tensors.length === Object.keys(sizes).length && tensors.every(({ name, size }) => sizes[name] === size)
+  if (!fits) throw new Error('the layout of this run is not that of its model')
   if (run.model.vocab_size < 256) throw new Error('the vocabulary is too small for bytes')
   if (tokens.length <= run.data.sequence_length + 1) throw new Error('the text is shorter than one sequence of the run')
   const folder = joinPath(home, hex(invite.runId).slice(0, 16))
@@ -2135,10 +2169,11 @@ async function joinRun(word, { home, text, rounds = Infinity, plaintextLocal }) 
   mkdirSync(home, { recursive: true })
   const key = loadKey(joinPath(home, 'peer.key'))
   let peer = null, link = null, leaving = false
-  process.once('SIGINT', () => { leaving = true; link?.close(); say('leaving') })
+  for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => { leaving = true; link?.close(); say('leaving') })
   for (let turn = 0, pause = 1; !leaving && !peer?.finished; turn++) {
     try {
       link = await Link.open(invite.addresses[turn % invite.addresses.length], invite, key, plaintextLocal)
+      if (leaving) break
       peer ??= await startPeer(link, invite, home, key, tokens, rounds)
       pause = 1
       await peer.takePart(link)
