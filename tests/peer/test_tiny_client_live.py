@@ -6,11 +6,13 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from protocol.identity import PrivateKey
+from protocol.invite import Invite
 from protocol.ledger import RoundRecord, Verdict
 from tests.peer.swarm import Program, Swarm, make_run
 from tests.peer.test_swarm import finish, ledger
@@ -119,6 +121,35 @@ def test_killed_in_a_round_it_settles_and_goes_on_from_its_stored_state(tmp_path
     records = ledger(run)
     assert any(number > closed for number in client.accepted(records)), client.log.read_text()
     client.check_roots(records)
+
+
+def test_a_restarted_aggregator_finds_it_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path, rounds=10, steps=20)
+    with Swarm(tmp_path, run) as swarm:
+        first = swarm.aggregator()
+        peer = swarm.peer("python")
+        with tiny_client(tmp_path, run / "invite.txt") as client:
+            first.wait_event("round closed", 60, round=2)
+            first.kill()
+            second = swarm.aggregator()
+            finish([peer], second, 10)
+            client.wait_end(30)
+    records = ledger(run)
+    assert "trying again" in client.log.read_text()
+    assert any(number > 3 for number in client.accepted(records)), client.log.read_text()
+    client.check_roots(records)
+
+
+def test_it_talks_to_nobody_with_another_certificate(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    invite = Invite.from_text((run / "invite.txt").read_text())
+    with Swarm(tmp_path, run) as swarm:
+        swarm.aggregator()
+        forged = tmp_path / "forged.txt"
+        forged.write_text(replace(invite, certificate_sha256=bytes([1]) * 32).to_text())
+        with tiny_client(tmp_path, forged) as client:
+            assert client.process.wait(30) == 1
+    assert "the certificate of" in client.log.read_text()
 
 
 def test_control_c_leaves_the_swarm(tmp_path: Path) -> None:
