@@ -35,6 +35,11 @@ def make_run_folder(folder: Path, settings: RunSettings, quorum: int) -> Path:
     return folder
 
 
+def peer_key(number: int) -> PrivateKey:
+    """The key of the peer with this number, from 0: the same in every swarm."""
+    return PrivateKey.from_bytes(bytes([number + 1]) * 32)
+
+
 async def swarm(
     folder: Path,
     run_folder: Path,
@@ -72,8 +77,7 @@ async def _swarm(
         for number, kind in enumerate(peers):
             peer = Home(folder / f"peer-{number}")
             (peer.path / "data").symlink_to(run_folder / "data")
-            secret = PrivateKey.from_bytes(bytes([number + 1]) * 32).to_text()
-            atomic_write(peer.key_path, secret.encode("ascii"), mode=0o600)
+            atomic_write(peer.key_path, peer_key(number).to_text().encode("ascii"), mode=0o600)
             config = PeerConfig(home=peer.path, device="cpu", dtype="float32", threads=1)
             clients.append(kind(here, peer, config, telemetry, stop))
         try:

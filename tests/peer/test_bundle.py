@@ -10,7 +10,7 @@ import pytest
 from peer.aggregator import Aggregator
 from peer.core import codec
 from peer.merge import accepted, sections_of_bundle, sections_of_update
-from peer.net.messages import RoundClosed
+from peer.net.messages import RoundClosed, RoundEvent
 from peer.operator import OperatorFolder
 from peer.replay import replay
 from peer.store import Home, RunFolder
@@ -20,7 +20,7 @@ from protocol.ledger import RoundRecord
 from protocol.limits import WEIGHT_UNIT
 from protocol.run import RunConfig, parse_settings
 from protocol.wire import bundle_bytes_max, bundle_to_wire
-from tests.peer.room import fields, make_run_folder, swarm
+from tests.peer.room import fields, make_run_folder, peer_key, swarm
 from tests.peer.swarm import SETTINGS, Event
 
 pytestmark = [pytest.mark.slow, pytest.mark.net]
@@ -46,6 +46,17 @@ class BundlesOnly(Aggregator):
     def _closed_event(self) -> RoundClosed:
         event = super()._closed_event()
         return RoundClosed(event.record, event.bundle_bytes + 1, event.bundle_bytes)
+
+
+class TellsOnePeerLess(BundlesOnly):
+    """An aggregator that keeps rounds 2 and 3 from the second peer."""
+
+    def _broadcast(self, event: RoundEvent) -> None:
+        told = self._watchers
+        if self.head.round in (2, 3):
+            self._watchers = {peer: queues for peer, queues in told.items() if peer != peer_key(1).public}
+        super()._broadcast(event)
+        self._watchers = told
 
 
 class Liar(BundlesOnly):
@@ -145,6 +156,19 @@ async def test_a_lying_bundle_costs_bytes_and_nothing_else(
         "the huge one was never asked for"
     )
     assert roots(events) == roots(honest[1])
+
+
+async def test_a_peer_that_missed_rounds_catches_up_by_their_updates(tmp_path: Path) -> None:
+    run = make_run_folder(tmp_path, parse_settings(SETTINGS.format(rounds=5, steps=4, grace_s=3.0)), quorum=1)
+    events = await swarm(tmp_path / "swarm", run, TellsOnePeerLess)
+    assert fields(events, "round closed", "accepted") == [2, 2, 1, 1, 2]
+    forms = {
+        number: sorted(event["form"] for event in events if event["event"] == "round" and event["round"] == number)
+        for number in range(1, 6)
+    }
+    missed, heard = ["bundle", "update"], ["bundle", "bundle"]
+    assert forms == {1: heard, 2: missed, 3: missed, 4: heard, 5: heard}
+    assert fields(events, "finished", "state_root") == [fields(events, "round closed", "state_root")[-1]] * PEERS
 
 
 def stored(folder: Path) -> tuple[RunConfig, RunFolder]:
