@@ -111,6 +111,12 @@ def bad_rows() -> Iterator[Row]:
         ("hostile", "A size is believed of nobody.", hostile, Code.TOO_LARGE),
         ("order", "Packets are in the order of the record.", joined([second, first]), Code.WRONG_DIGEST),
         ("twice", "The same packet twice.", joined([first, first]), Code.WRONG_DIGEST),
+        (
+            "tokens",
+            "Another packet of the same sections.",
+            joined([first, wire(replace(packet, tokens=65), parts)]),
+            Code.WRONG_DIGEST,
+        ),
         ("magic", "A packet is damaged.", joined([first, b"SLPX" + second[4:]]), Code.BAD_MAGIC),
         (
             "frame",

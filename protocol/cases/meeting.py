@@ -174,6 +174,9 @@ def good_invite_rows() -> Iterator[Row]:
     yield "usual", "Three addresses and a bootstrap.", {"text": text}, None
     yield "address-only", "An address is enough.", {"text": invite(body(ADDRESSES[:1], ()))}, None
     yield "bootstrap-only", "A bootstrap is enough.", {"text": invite(body(()))}, None
+    longest = invite(body(["a" * 249 + ":65535"] * 5, ["/dns4/" + "b" * 132 + "/tcp/1/p2p/Q"]))
+    assert len(longest) == 2048, len(longest)
+    yield "2048-characters", "At most 2048 characters.", {"text": longest}, None
     folded = f"  {text[:60]}\r\n\t{text[60:120]} {text[120:]}\n"
     yield "folded", "Blanks and line breaks are taken out first.", {"text": folded}, None
 

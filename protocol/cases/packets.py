@@ -79,6 +79,14 @@ def header_rows() -> Iterator[Row]:
     yield "empty", "No bytes have no magic.", asked(GOOD, b""), Code.BAD_MAGIC
     yield "three-bytes", "A part of the magic is none.", asked(GOOD, header[:3]), Code.BAD_MAGIC
     yield "seven-bytes", "Without a version there is nothing to say about.", asked(GOOD, header[:7]), Code.TRUNCATED
+    short = replace(GOOD, version=2).header
+    yield (
+        "length-before-version",
+        "With less than eight bytes nobody speaks of versions.",
+        asked(GOOD, short[:7]),
+        Code.TRUNCATED,
+    )
+    yield "eight-bytes", "Eight bytes have a version.", asked(GOOD, short[:8]), Code.VERSION
     for version in (0, 2, 256):
         packet = replace(GOOD, version=version)
         yield f"version-{version}", "Version 1, in 16 bits.", asked(packet), Code.VERSION
@@ -185,6 +193,8 @@ def make_rows() -> Iterator[Row]:
     """Packets as peers make them; Ed25519 leaves no choice."""
     fields = {"run": TEXT, "seed": PEER.to_bytes(), "round": 3, "base_root": BASE, "tokens": 64, "inner_steps": 4}
     yield "usual", "Header, Merkle root and signature.", {**fields, "sections": SECTIONS}, None
+    least = {**fields, "round": 0, "tokens": 1, "inner_steps": 1}
+    yield "least", "The least claims.", {**least, "sections": SECTIONS}, None
     large = {**fields, "round": 2**32 - 1, "tokens": 2**48, "inner_steps": 2**32 - 1, "base_root": noise("base", 32)}
     yield "largest", "The largest claims.", {**large, "sections": SECTIONS}, None
     run = make_run(k=2, shapes=tuple((f"t{number:02}", (13,)) for number in range(11)))

@@ -132,6 +132,8 @@ def envelope_rows() -> Iterator[Row]:
     yield "empty", "No bytes have no magic.", asked(b""), Code.BAD_MAGIC
     yield "version", "Version 2 is not this one.", asked(replace(APPLIED, version=2)), Code.VERSION
     yield "head-cut", "The head is not whole.", asked(data[:100]), Code.TRUNCATED
+    short = replace(APPLIED, version=2).data[:163]
+    yield "length-before-version", "Without a whole head nobody speaks of versions.", asked(short), Code.TRUNCATED
     yield "entry-cut", "The entry is not whole.", asked(data[:200]), Code.TRUNCATED
     yield "signature-cut", "The last byte is missing.", asked(data[:-1]), Code.TRUNCATED
     yield "trailing", "A byte follows.", asked(data + b"\0"), Code.TRAILING

@@ -105,6 +105,13 @@ def good_rows() -> Iterator[Row]:
         ),
         "minus-zero": ("A real -0.0 is 0, and written -0.0.", {"compression__beta": -0.0}),
         "names": ("A name may hold a quote and a backslash, which JSON escapes.", {"layout": [['"', [1]], ["\\", []]]}),
+        "name-200": ("A tensor's name has at most 200 characters.", {"layout": [["a" * 200, [1]]]}),
+        "largest": ("2^40 values in all.", {"layout": [[f"t{number:03}", [2**31]] for number in range(512)]}),
+        "sequence-longest": ("As long as the model's positions.", {"data__sequence_length": 1024}),
+        "equal-times": (
+            "Grace and deadline may be one.",
+            {"rounds__grace_s_min": 30.0, "rounds__grace_s_max": 30.0, "rounds__deadline_s": 30.0},
+        ),
         "shapes": ("Eight dimensions are allowed.", {"layout": [["a", [1, 2, 1, 2, 1, 2, 1, 2]], ["b", [2**31]]]}),
         "one-aggregator": ("One aggregator is enough.", {"aggregators": [PEER.public.hex()]}),
     }
@@ -121,6 +128,12 @@ def envelope_rows() -> Iterator[Row]:
     yield "magic", "It begins with SLRN.", asked(b"SLRM" + data[4:]), Code.BAD_MAGIC
     yield "empty", "No bytes have no magic.", asked(b""), Code.BAD_MAGIC
     yield "version", "Version 2 is not this one.", asked(data[:4] + b"\2\0" + data[6:]), Code.VERSION
+    yield (
+        "length-before-version",
+        "Without a whole head nobody speaks of versions.",
+        asked(b"SLRN\2\0\0\0\0"),
+        Code.TRUNCATED,
+    )
     yield "version-first", "The version comes before the length.", asked(b"SLRN\2\0" + bytes(4)), Code.VERSION
     yield "head-cut", "The head has ten bytes.", asked(data[:9]), Code.TRUNCATED
     yield "text-cut", "The text ends early.", asked(data[:200]), Code.TRUNCATED

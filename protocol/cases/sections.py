@@ -220,6 +220,14 @@ def gap_rows() -> Iterator[Row]:
     }
     for name, (why, part) in blocks.items():
         yield f"blocks-{name}", why, asked(part), Code.BAD_BLOCKS
+    ends = replace(LONG, scales=LONG.scales[:-1] + b"\0", gaps=LONG.gaps[:-3], codes=b"\4")
+    beyond = replace(ends, blocks=(len(ends.gaps) + 1,))
+    yield (
+        "blocks-beyond-the-end",
+        "All gaps are there, but the block states a byte more.",
+        asked(beyond),
+        Code.BAD_BLOCKS,
+    )
     # Together the blocks state 2^32 + 4: in 32 bits that would be what is there.
     wrap = replace(LONG, size=2049 * 4096, scales=LONG.scales + bytes(1024), ratios=bytes(2049))
     yield (
@@ -251,6 +259,7 @@ def order_rows() -> Iterator[Row]:
     low = pack([0, 1, 0, 1, 3], 2)
     rows: list[tuple[str, Part, Code]] = [
         ("ratio-blocks", replace(USUAL, ratios=b"\x20\0\x40", gaps=b""), Code.BAD_RATIO),
+        ("absent-ratio-blocks", replace(USUAL, scales=b"\xc8\x96\0", ratios=b"\x20\0\1"), Code.BAD_RATIO),
         ("ratio-index", replace(USUAL, ratios=b"\x20\0\x40", gaps=outside), Code.BAD_RATIO),
         ("blocks-index", replace(USUAL, gaps=outside[:-1]), Code.BAD_BLOCKS),
         ("blocks-padding", replace(USUAL, gaps=USUAL.gaps[:-1], codes=padding), Code.BAD_BLOCKS),
@@ -261,7 +270,8 @@ def order_rows() -> Iterator[Row]:
         ("padding-ratio", replace(USUAL, codes=bytes([0, 0x80])), Code.BAD_PADDING),
     ]
     for name, part, code in rows:
-        yield name, f"{name.split('-')[0]} comes before {name.split('-')[1]}.", asked(part), code
+        earlier, later = name.split("-")[-2:]
+        yield name, f"The rule of the {earlier} comes before that of the {later}.", asked(part), code
 
 
 def asked_update(part: UpdatePart, data: bytes | None = None) -> Fields:
@@ -352,6 +362,7 @@ def bad_update_gap_rows() -> Iterator[Row]:
     order: list[tuple[str, UpdatePart, Code]] = [
         ("count-before-values", replace(UPDATE, counts=(2, 0, 101), values=b""), Code.BAD_COUNT),
         ("cut-before-exponent", replace(UPDATE, counts=(2, 0, 90), exponents=b"\x40\0\0"), Code.TRUNCATED),
+        ("empty-exponent-before-blocks", replace(UPDATE, exponents=b"\x14\1\0", gaps=b""), Code.BAD_EXPONENT),
         ("exponent-before-blocks", replace(UPDATE, exponents=b"\x40\0\0", gaps=b""), Code.BAD_EXPONENT),
         ("blocks-before-index", replace(UPDATE, gaps=wrong + b"\0"), Code.BAD_BLOCKS),
         ("index-before-value", replace(UPDATE, gaps=wrong, values=bytes(4)), Code.BAD_INDEX),

@@ -65,6 +65,13 @@ def header_rows() -> Iterator[Row]:
     yield "empty", "No bytes have no magic.", asked(GOOD, b""), Code.BAD_MAGIC
     yield "six-bytes", "Less than eight bytes.", asked(GOOD, header[:6]), Code.TRUNCATED
     yield "version", "Version 1.", asked(replace(GOOD, version=2)), Code.VERSION
+    short = replace(GOOD, version=2).header[:7]
+    yield (
+        "length-before-version",
+        "With less than eight bytes nobody speaks of versions.",
+        asked(GOOD, short),
+        Code.TRUNCATED,
+    )
     yield "cut", "The last byte is missing.", asked(GOOD, header[:-1]), Code.TRUNCATED
     yield "longer", "A byte follows.", asked(GOOD, header + b"\0"), Code.TRAILING
     yield "reserved", "Bytes 6 and 7 are zero.", asked(replace(GOOD, reserved=256)), Code.RESERVED
