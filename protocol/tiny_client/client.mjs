@@ -6,7 +6,8 @@
 //   node client.mjs join INVITE --home DIR --text FILE           take part in a run (Ctrl+C leaves)
 //
 // What it trains: every parameter, with exact gradients of its own backward pass and AdamW, on one processor core and in
-// plain loops. That is slow, so it does the inner steps that fit into the round and says so in its packet.
+// plain loops. That is slow, so it does the inner steps, and as many sequences in each, as fit into the round, and its
+// packet says so.
 
 import { createHash, createPrivateKey, createPublicKey, randomBytes, sign, verify } from 'node:crypto'
 import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs'
@@ -2061,10 +2062,10 @@ class Peer {
 
   async contribute(work, open, steps) {
     if (!this.replica.packet) {
-      const { done, loss } = await this.train(work, open, steps)
+      const { done, tokens, loss } = await this.train(work, open, steps)
       if (work.stop) return
-      say(`round ${open.round}: ${done} of ${steps} inner steps, loss ${loss.toFixed(3)}`)
-      if (!this.makePacket(work, open, done)) return
+      say(`round ${open.round}: ${done} of ${steps} inner steps, ${tokens} tokens, loss ${loss.toFixed(3)}`)
+      if (!this.makePacket(work, open, done, tokens)) return
     }
     await this.send(work)
   }
@@ -2076,37 +2077,45 @@ class Peer {
     return Math.min(usual, open.closesInMs / 2)
   }
 
+  /** Sequences in an inner step: as many as the run asks for, fewer when four such steps would not fit. */
+  batchSize(budgetMs) {
+    if (!this.sequenceMs) return 1 // it shows how long one takes
+    return Math.max(1, Math.min(this.run.inner.batch_size, Math.floor(budgetMs / 4 / this.sequenceMs)))
+  }
+
   async train(work, open, steps) {
-    const { run, replica, tokens } = this
-    const until = Date.now() + this.budgetMs(open), length = run.data.sequence_length
+    const { run, replica } = this, length = run.data.sequence_length
+    const budgetMs = this.budgetMs(open), until = Date.now() + budgetMs
     const gradient = new Float32Array(run.layout.size)
     work.local = replica.outer.slice()
     const values = views(work.local, run.layout), slopes = views(gradient, run.layout)
-    let done = 0, loss = 0
-    while (done < steps && !work.stop && (done === 0 || Date.now() < until)) {
+    let done = 0, tokens = 0, loss = 0
+    while (done < steps && (done === 0 || Date.now() < until)) {
+      const batch = this.batchSize(budgetMs), began = Date.now()
       gradient.fill(0)
       loss = 0
-      for (let i = 0; i < run.inner.batch_size && !work.stop; i++) {
-        const start = Math.floor(Math.random() * (tokens.length - length))
-        loss += lossAndGradient(run.model, values, slopes, tokens.subarray(start, start + length + 1)) / run.inner.batch_size
+      for (let i = 0; i < batch; i++) {
+        if (work.stop) return { done, tokens, loss }
+        const start = Math.floor(Math.random() * (this.tokens.length - length))
+        loss += lossAndGradient(run.model, values, slopes, this.tokens.subarray(start, start + length + 1)) / batch
         await breathe() // so that the connection stays alive
       }
-      if (work.stop) break
-      const mean = gradient.map(slope => slope / run.inner.batch_size)
-      this.optimizer.step(work.local, mean, (open.round - 1) * run.inner.steps + done++)
+      this.optimizer.step(work.local, gradient.map(slope => slope / batch), (open.round - 1) * run.inner.steps + done)
+      this.sequenceMs = Math.max(1, (Date.now() - began) / batch)
+      done += 1
+      tokens += batch * length
     }
-    return { done, loss }
+    return { done, tokens, loss }
   }
 
   /** Compress, sign and store the packet of a round; false when the inner steps diverged. */
-  makePacket(work, open, done) {
+  makePacket(work, open, done, tokens) {
     const { run, replica } = this, { k, code_bits: codeBits, beta } = run.compression
     const acc = accumulate(beta, replica.residual, replica.outer, work.local)
     work.local = null
     try {
       const sparse = run.layout.tensors.map(({ offset, size }) => compress(acc.slice(offset, offset + size), k, codeBits))
       const sections = sparse.map(part => encodeSection(part.sparse, k, codeBits))
-      const tokens = done * run.inner.batch_size * run.data.sequence_length
       const header = makePacket(run, this.key, open.round, open.baseRoot, tokens, done, sections)
       run.layout.tensors.forEach(({ offset }, i) => replica.residual.set(sparse[i].residual, offset))
       replica.packet = { round: open.round, digest: digest('packet', header), undone: acc, wire: packetToWire(run, header, sections) }
