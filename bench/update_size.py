@@ -21,7 +21,7 @@ from peer.core import codec
 from protocol.arithmetic import RULES
 from protocol.limits import CLIP_ONE, WEIGHT_UNIT
 from protocol.packet import make_packet
-from protocol.run import RunConfig
+from protocol.run import RunConfig, RunSettings, parse_settings
 from protocol.update import make_update
 from protocol.wire import bundle_to_wire, packet_to_wire, update_to_wire
 
@@ -86,9 +86,9 @@ def sizes_of(run: RunConfig, round: int, packets: Sequence[Sequence[bytes]], rul
     )
 
 
-def measure(k: int, peers: int, rounds: int, seed: int, cache: Path) -> list[Sizes]:
+def measure(settings: RunSettings, k: int, peers: int, rounds: int, seed: int, cache: Path) -> list[Sizes]:
     """Train so many peers for so many rounds, and measure each round."""
-    run = real.make_run(real.with_k(real.demo_settings(), k))
+    run = real.make_run(real.with_k(settings, k))
     data, replicas = real.open_data(run, cache), real.replicas_of(run, peers)
     found = []
     for round in range(1, rounds + 1):
@@ -111,6 +111,7 @@ def measure(k: int, peers: int, rounds: int, seed: int, cache: Path) -> list[Siz
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", type=Path, default=real.DEMO, help="RUN.toml to train, instead of the demo's")
     parser.add_argument("--peers", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--k", type=int, nargs="+", default=[64, 256])
@@ -119,11 +120,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    settings = parse_settings(arguments.settings.read_text("utf-8"))
     print(f"seed {arguments.seed}, {codec.kernels_in_use(torch.device('cpu'))}, torch {torch.__version__}")
     print(f"{'k':>4} {'rule':16} {'round':>5} {'R':>3} {'update':>9} {'bundle':>9} {'density':>8} {'bits':>6} smaller")
     rows = list[Sizes]()
     for k in arguments.k:
-        rows += measure(k, arguments.peers, arguments.rounds, arguments.seed, arguments.cache)
+        rows += measure(settings, k, arguments.peers, arguments.rounds, arguments.seed, arguments.cache)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(row) | {"smaller": row.smaller} for row in rows], indent=1))
 
