@@ -1885,7 +1885,7 @@ const say = text => console.error(`${new Date().toISOString().slice(11, 19)}  ${
 /** What must survive a crash: the state of `record`, the residual, and the packet that waits with what undoes it. */
 class Replica {
   constructor(folder, run) {
-    Object.assign(this, { path: joinPath(folder, 'replica.bin'), run, record: null, packet: null, outer: null, lastMade: 0 })
+    Object.assign(this, { path: joinPath(folder, 'replica.bin'), run, record: null, packet: null, outer: null })
     this.residual = new Float32Array(run.layout.size)
     if (!existsSync(this.path)) return
     try { this.load() } catch (error) { throw new Error(`${this.path} is damaged (${error.message}); delete it and join again`) }
@@ -1894,18 +1894,17 @@ class Replica {
   load() {
     const bytes = readFileSync(this.path), size = this.run.layout.size * 4
     const reader = new Reader(bytes)
-    const { record, packet, lastMade } = JSON.parse(reader.take(reader.u32()).toString())
+    const { record, packet } = JSON.parse(reader.take(reader.u32()).toString())
     const array = () => floats(reader.take(size))
-    Object.assign(this, { record: readRecord(unhex(record), this.run), lastMade, outer: array(), residual: array() })
+    Object.assign(this, { record: readRecord(unhex(record), this.run), outer: array(), residual: array() })
     if (packet) this.packet = { round: packet.round, digest: unhex(packet.digest), undone: array(), wire: reader.take(reader.left) }
   }
 
   /** Written beside the old file and renamed over it, so that a crash leaves one of the two. */
   save() {
-    const { record, packet, lastMade } = this
-    const head = Buffer.from(JSON.stringify({
-      record: hex(record.bytes), lastMade, packet: packet && { round: packet.round, digest: hex(packet.digest) },
-    }))
+    const { record, packet } = this
+    const names = { record: hex(record.bytes), packet: packet && { round: packet.round, digest: hex(packet.digest) } }
+    const head = Buffer.from(JSON.stringify(names))
     const rest = packet ? [asBytes(packet.undone), packet.wire] : []
     const bytes = join([u32(head.length), head, asBytes(this.outer), asBytes(this.residual), ...rest])
     writeFileSync(this.path + '.part', bytes, { flush: true })
@@ -1913,18 +1912,16 @@ class Replica {
   }
 
   /** Before the state moves on: the packet stands when the record lists it, else everything goes back into the residual. */
-  settle(record, local) {
-    if (this.packet) {
-      const stands = isAccepted(record, this.packet.round, this.packet.digest)
-      say(`round ${this.packet.round}: the packet ${stands ? 'counts' : 'does not count and is kept for later'}`)
-      if (!stands) this.residual = this.packet.undone
-      this.packet = null
-      return stands
-    }
-    if (local) this.fold(local)
-    return false
+  settle(record) {
+    if (!this.packet) return false
+    const { round, digest: name, undone } = this.packet, stands = isAccepted(record, round, name)
+    say(`round ${round}: the packet ${stands ? 'counts' : 'does not count and is kept for later'}`)
+    if (!stands) this.residual = undone
+    this.packet = null
+    return stands
   }
 
+  /** Inner steps that never became a packet are kept for later too. */
   fold(local) { this.residual = this.residual.map((value, i) => f32(value + f32(this.outer[i] - local[i]))) }
 }
 
@@ -1987,13 +1984,11 @@ class Peer {
     if (decision === 'gap' && !follows(this.chain.head, trail[0]) && record.epoch === this.chain.head.epoch) decision = 'second'
     if (decision === 'second') say(`round ${record.round}: the aggregator signed another record in this epoch; the first one holds`)
     if (['known', 'lower', 'old', 'second'].includes(decision)) return
-    const local = await this.stopWork(), { replica } = this
-    const deciding = trail.find(({ round }) => round === replica.packet?.round) ?? record
-    this.accepted += replica.settle(deciding, local) ? 1 : 0
-    if (decision === 'next') await this.applyRecord(record, sizes)
-    else replica.outer = await fetchState(this.link, this.run, record)
-    replica.record = record
-    replica.save()
+    await this.stopWork()
+    const { replica } = this, deciding = trail.find(({ round }) => round === replica.packet?.round) ?? record
+    const outer = decision === 'next' ? await this.updated(record, sizes) : await fetchState(this.link, this.run, record)
+    if (replica.settle(deciding)) this.accepted++
+    Object.assign(replica, { record, outer }).save()
     if (this.chain) {
       moveTo(this.chain, record, decision !== 'next')
       this.moved++
@@ -2015,34 +2010,27 @@ class Peer {
     return trail
   }
 
-  async applyRecord(record, sizes) {
-    if (record.kind === NULL) return
+  /** The parameters after a record that follows the head. */
+  async updated(record, sizes) {
     const { replica, run } = this, outer = replica.outer.slice()
+    if (record.kind === NULL) return outer
     try {
       const sections = await fetchUpdate(this.link, run, this.chain.head, record, sizes)
       run.layout.tensors.forEach(({ offset, size }, i) => applyUpdate(outer.subarray(offset, offset + size), sections[i]))
       demand(same(stateRoot(outer), record.stateRoot), 'BAD_STATE', 'the update leads to another root than that of the record')
-      replica.outer = outer
+      return outer
     } catch (error) {
       if (!(error instanceof Refused)) throw error
       say(`round ${record.round}: ${error.message}; loading the state instead`)
-      replica.outer = await fetchState(this.link, run, record)
+      return fetchState(this.link, run, record)
     }
-  }
-
-  /** Inner steps that never became a packet are kept for later, so that leaving loses nothing. */
-  async leave() {
-    const local = await this.stopWork()
-    if (!local) return
-    this.replica.fold(local)
-    this.replica.save()
   }
 
   onOpened(open) {
     const { replica, work } = this
     if (work && !work.done && work.round === open.round) return // it began before the link was cut and goes on
     const waiting = replica.packet?.round === open.round
-    const steps = replica.packet || replica.lastMade >= open.round ? 0 : stepsFor(this.run, this.chain, open)
+    const steps = replica.packet ? 0 : stepsFor(this.run, this.chain, open)
     if (!waiting && steps === 0) return
     const fresh = this.work = { round: open.round, stop: false, done: false, local: null }
     fresh.promise = this.contribute(fresh, open, steps)
@@ -2050,14 +2038,13 @@ class Peer {
       .finally(() => { fresh.done = true })
   }
 
-  /** End what is under way; returns the parameters of inner steps that never became a packet. */
+  /** End what is under way, and keep what came of it. */
   async stopWork() {
-    if (!this.work) return null
+    if (!this.work) return
     this.work.stop = true
     await this.work.promise
-    const { local } = this.work
+    if (this.work.local) this.replica.fold(this.work.local)
     this.work = null
-    return local
   }
 
   async contribute(work, open, steps) {
@@ -2108,6 +2095,12 @@ class Peer {
     return { done, tokens, loss }
   }
 
+  /** Leaving loses nothing either. */
+  async leave() {
+    await this.stopWork()
+    if (this.replica.record) this.replica.save()
+  }
+
   /** Compress, sign and store the packet of a round; false when the inner steps diverged. */
   makePacket(work, open, done, tokens) {
     const { run, replica } = this, { k, code_bits: codeBits, beta } = run.compression
@@ -2125,7 +2118,6 @@ class Peer {
       this.optimizer = new Optimizer(run)
       return false
     }
-    replica.lastMade = open.round
     replica.save()
     return true
   }
