@@ -30,7 +30,7 @@ const CODES = {
 }
 
 /** Foreign bytes break a rule of the SPEC. */
-export class Refused extends Error {
+class Refused extends Error {
   constructor(code, detail = '') {
     super(`SL${CODES[code] ?? '?'} ${code}${detail && ': ' + detail}`)
     this.code = code
@@ -72,7 +72,7 @@ function sha256(...parts) {
   for (const part of parts) hash.update(part)
   return hash.digest()
 }
-export const digest = (domain, ...parts) => sha256(tag(domain), ...parts)
+const digest = (domain, ...parts) => sha256(tag(domain), ...parts)
 
 const P = 2n ** 255n - 19n // the field of the curve
 const ORDER = 2n ** 252n + 27742317777372353535851937790883648493n // L
@@ -100,14 +100,14 @@ const SPKI = unhex('302a300506032b6570032100') // what DER puts before an Ed2551
 const PKCS8 = unhex('302e020100300506032b657004220420') // and before a private one
 
 /** Strict Ed25519. The library compares encode(S B - H A) with R; S < L is looked at here as well. */
-export function checkSignature(key, domain, data, signature) {
+function checkSignature(key, domain, data, signature) {
   checkKey(key)
   const fits = signature.length === 64 && fromLittleEndian(signature.subarray(32)) < ORDER
   const publicKey = createPublicKey({ key: join([SPKI, key]), format: 'der', type: 'spki' })
   demand(fits && verify(null, join([tag(domain), data]), publicKey, signature), 'BAD_SIGNATURE', `domain ${domain}`)
 }
 
-export function privateKey(seed) {
+function privateKey(seed) {
   const key = createPrivateKey({ key: join([PKCS8, seed]), format: 'der', type: 'pkcs8' })
   const publicKey = createPublicKey(key).export({ format: 'der', type: 'spki' }).subarray(-32)
   return { public: publicKey, sign: (domain, data) => sign(null, join([tag(domain), data]), key) }
@@ -121,7 +121,7 @@ function rootOfHashes(hashes) {
   while (half * 2 < hashes.length) half *= 2
   return sha256(Buffer.of(1), rootOfHashes(hashes.slice(0, half)), rootOfHashes(hashes.slice(half)))
 }
-export const merkleRoot = leaves => rootOfHashes(leaves.map(leafHash))
+const merkleRoot = leaves => rootOfHashes(leaves.map(leafHash))
 
 // ------------------------------------------------------------------------------- 2. The run
 
@@ -169,7 +169,7 @@ function parseJson(source) {
 }
 
 /** A float64 as Python's repr writes it. */
-export function realText(value) {
+function realText(value) {
   const [, minus, first, rest = '', exponentText] = /^(-?)(\d)(?:\.(\d+))?e([+-]\d+)$/.exec(value.toExponential())
   const digits = first + rest
   const exponent = Number(exponentText)
@@ -225,7 +225,7 @@ function roundHalfEven(value) {
 }
 
 /** The run of a canonical JSON text (bytes), with what follows from it. */
-export function readRun(json) {
+function readRun(json) {
   const source = json.toString('latin1')
   let value
   try { value = parseJson(source) } catch (error) { throw new Refused('BAD_RUN', error.message) }
@@ -260,7 +260,7 @@ function checkRelations({ model, data, rounds }) {
 }
 
 /** The signed run: checked against `id` before anything is parsed, and against the operator's signature. */
-export function readSignedRun(bytes, id) {
+function readSignedRun(bytes, id) {
   const reader = startOf(bytes, 'SLRN', 10)
   const size = reader.u32()
   demand(size <= 4 << 20, 'TOO_LARGE', 'the run')
@@ -327,12 +327,12 @@ function sumOfChunks(size, f) {
 
 const asBytes = floats => Buffer.from(floats.buffer, floats.byteOffset, floats.byteLength) // little-endian machines only
 
-export function pieceHashes(bytes) {
+function pieceHashes(bytes) {
   const hashes = []
   for (let at = 0; at < bytes.length; at += PIECE) hashes.push(leafHash(bytes.subarray(at, at + PIECE)))
   return hashes
 }
-export const stateRoot = floats => rootOfHashes(pieceHashes(asBytes(floats)))
+const stateRoot = floats => rootOfHashes(pieceHashes(asBytes(floats)))
 
 // ------------------------------------------------------------------------------- 4. Compression
 
@@ -341,7 +341,7 @@ const UNIT = 2 ** -38
 const halve = (value, bits) => Math.floor(value / 2 ** bits) // a right shift for integers above 2^31
 
 /** beta * residual + (outer - local). Doubles have more than twice the digits of floats, so rounding twice is rounding once. */
-export function accumulate(beta, residual, outer, local) {
+function accumulate(beta, residual, outer, local) {
   const factor = f32(beta)
   return Float32Array.from(residual, (value, i) => f32(f32(factor * value) + f32(outer[i] - local[i])))
 }
@@ -403,7 +403,7 @@ function gridValue(scale, ratio, code) {
 }
 
 /** One tensor's values to its sparse form and what is left of them. */
-export function compress(acc, k, codeBits) {
+function compress(acc, k, codeBits) {
   if (!acc.every(Number.isFinite)) throw new RangeError('the pseudo-gradient holds an infinity or NaN; nothing is sent')
   const bits = new Uint32Array(acc.buffer, acc.byteOffset, acc.length)
   const sparse = emptySparse(acc.length)
@@ -434,7 +434,7 @@ const emptySparse = size =>
 const gapBytesMax = (size, k) => sumOfChunks(size, length => kept(length, k) + Math.floor((length - kept(length, k)) / 255))
 const codeBytes = (values, codeBits) => Math.ceil(values * codeBits / 8)
 
-export function sectionBytesMax(size, k, codeBits) {
+function sectionBytesMax(size, k, codeBits) {
   const values = sumOfChunks(size, length => kept(length, k))
   return chunksOf(size) * codeBits + 4 * blockWords(size) + gapBytesMax(size, k) + codeBytes(values, codeBits)
 }
@@ -498,7 +498,7 @@ function readIndices({ counts, gaps }) {
 
 const packetCounts = (size, k, scales) => Uint16Array.from(scales, (scale, chunk) => scale ? kept(lengthOf(size, chunk), k) : 0)
 
-export function encodeSection(sparse, k, codeBits) {
+function encodeSection(sparse, k, codeBits) {
   const { blocks, gaps } = encodeGaps(packetCounts(sparse.size, k, sparse.scales), sparse.indices)
   const codes = Buffer.alloc(codeBytes(sparse.codes.length, codeBits))
   sparse.codes.forEach((code, i) => { codes[i * codeBits >> 3] |= code << (i * codeBits & 7) })
@@ -530,7 +530,7 @@ function checkSection(bytes, size, k, codeBits) {
 }
 
 /** Indices and grid integers of a section. */
-export function decodeSection(bytes, size, k, codeBits) {
+function decodeSection(bytes, size, k, codeBits) {
   const section = checkSection(bytes, size, k, codeBits), { scales, ratios, code } = section
   const indices = readIndices(section)
   const values = Float64Array.from(indices, (index, i) => {
@@ -553,7 +553,7 @@ function readPacketHeader(bytes) {
   return { runId, round, baseRoot, peer, tokens: Number(tokens), innerSteps, root, signature }
 }
 
-export function makePacket(run, key, round, baseRoot, tokens, innerSteps, sections) {
+function makePacket(run, key, round, baseRoot, tokens, innerSteps, sections) {
   const open = join([
     Buffer.from('SLPK'), u16(1), u16(0), run.id, u32(round), baseRoot, key.public, u64(tokens), u32(innerSteps), merkleRoot(sections),
   ])
@@ -569,7 +569,7 @@ function checkSections(run, sections, root, bytesMax) {
 }
 
 /** All rules of a packet. */
-export function checkPacket(run, header, sections, round, baseRoot) {
+function checkPacket(run, header, sections, round, baseRoot) {
   const { k, code_bits: codeBits } = run.compression
   const fields = readPacketHeader(header)
   demand(same(fields.runId, run.id), 'OTHER_RUN')
@@ -668,7 +668,7 @@ function endsOfGaps(gaps, values) {
 }
 
 /** A packet in transport form, a frame for each section. Planes are stored as they are, for this file has no zstd encoder. */
-export function packetToWire(run, header, sections) {
+function packetToWire(run, header, sections) {
   const form = packetForm(run)
   const frames = sections.map((section, i) => {
     const { size } = run.layout.tensors[i], chunks = chunksOf(size), reader = new Reader(section)
@@ -957,10 +957,10 @@ function xxh64(bytes) {
 
 const UPDATE_HEADER = 140
 
-export const weightOf = (tokens, nominal) => Math.min(4096, Math.max(1, Number(BigInt(tokens) * 1024n / BigInt(nominal))))
+const weightOf = (tokens, nominal) => Math.min(4096, Math.max(1, Number(BigInt(tokens) * 1024n / BigInt(nominal))))
 
 /** Merge one tensor of all contributions [{ indices, values, weight, clip }] to an update tensor. */
-export function merge(contributions, size, rule, alphaQ16) {
+function merge(contributions, size, rule, alphaQ16) {
   const sums = new BigInt64Array(size), weights = new Float64Array(size) // num and den
   let totalWeight = 0
   for (const { indices, values, weight, clip } of contributions) {
@@ -1005,7 +1005,7 @@ function toUpdateTensor(steps) {
 
 const updateSectionBytesMax = size => 3 * chunksOf(size) + 4 * blockWords(size) + 2 * size
 
-export function encodeUpdateSection({ counts, exponents, indices, values }) {
+function encodeUpdateSection({ counts, exponents, indices, values }) {
   const { blocks, gaps } = encodeGaps(counts, indices)
   return join([...counts.map(u16), Buffer.from(exponents), blocks, gaps, Buffer.from(values)])
 }
@@ -1033,14 +1033,14 @@ function checkUpdateSection(bytes, size) {
 }
 
 /** Indices of an update's section and the float32 numbers to subtract there; a double holds each exactly. */
-export function decodeUpdateSection(bytes, size) {
+function decodeUpdateSection(bytes, size) {
   const section = checkUpdateSection(bytes, size), indices = readIndices(section)
   const steps = Float64Array.from(indices, (index, i) => section.values[i] * 2 ** section.exponents[Math.floor(index / CHUNK)] * UNIT)
   return { indices, values: steps }
 }
 
 /** outer = outer - value in place, one float32 subtraction each. */
-export function applyUpdate(outer, section) {
+function applyUpdate(outer, section) {
   const { indices, values } = decodeUpdateSection(section, outer.length)
   indices.forEach((index, i) => { outer[index] = f32(outer[index] - values[i]) })
 }
@@ -1053,11 +1053,11 @@ function readUpdateHeader(bytes) {
   return { runId: reader.take(32), round: reader.u32(), baseRoot: reader.take(32), newRoot: reader.take(32), root: reader.take(32) }
 }
 
-export const makeUpdate = (run, round, baseRoot, newRoot, sections) =>
+const makeUpdate = (run, round, baseRoot, newRoot, sections) =>
   join([Buffer.from('SLUP'), u16(1), u16(0), run.id, u32(round), baseRoot, newRoot, merkleRoot(sections)])
 
 /** All rules of an update. */
-export function checkUpdate(run, header, sections, updateDigest) {
+function checkUpdate(run, header, sections, updateDigest) {
   const fields = readUpdateHeader(header)
   demand(same(digest('update', header), updateDigest), 'WRONG_DIGEST')
   demand(same(fields.runId, run.id), 'OTHER_RUN')
@@ -1097,7 +1097,7 @@ function parseRecord(bytes) {
 }
 
 /** The record of these bytes, checked by itself and against the run. */
-export function readRecord(bytes, run) {
+function readRecord(bytes, run) {
   const record = parseRecord(bytes)
   checkFields(record)
   demand(same(record.runId, run.id), 'OTHER_RUN')
@@ -1128,7 +1128,7 @@ function checkFields(record) {
 }
 
 /** May `record` follow `previous`? */
-export function checkLink(previous, record) {
+function checkLink(previous, record) {
   demand(record.round === previous.round + 1 && same(record.previous, previous.digest), 'BROKEN_CHAIN')
   demand(record.epoch >= previous.epoch, 'BROKEN_CHAIN', 'the epoch is lower')
   demand(record.kind !== NULL || same(record.stateRoot, previous.stateRoot), 'BAD_STATE')
@@ -1145,14 +1145,14 @@ const readTexts = reader => Array.from({ length: reader.u8() }, () => reader.tak
 
 const signedByDht = (key, subkey, value) => join([Buffer.from(key), Buffer.of(0), subkey, value])
 
-export function makeDhtRecord(keyText, key, expires, { certificate, round, head, addresses }) {
+function makeDhtRecord(keyText, key, expires, { certificate, round, head, addresses }) {
   const payload = join([certificate, u32(round), head, addressBytes(addresses)])
   const kind = keyText.endsWith('/aggregators') ? 1 : 2
   const open = join([Buffer.from('SLDR'), u16(1), Buffer.of(kind), u64(expires), u16(payload.length), payload])
   return join([open, key.sign('dht', signedByDht(keyText, key.public, open))])
 }
 
-export function readDhtRecord(keyText, subkey, bytes, expiration, now) {
+function readDhtRecord(keyText, subkey, bytes, expiration, now) {
   const kind = /^slp\/[0-9a-f]{64}\/(aggregators|peers)$/.exec(keyText)?.[1]
   demand(kind, 'BAD_DHT_KEY', keyText)
   const must = (holds, why) => demand(holds, 'BAD_DHT_RECORD', why)
@@ -1176,7 +1176,7 @@ export function readDhtRecord(keyText, subkey, bytes, expiration, now) {
 // ------------------------------------------------------------------------------- 11. Bundles
 
 /** The packets of an applied record, all checked and merged to the sections of its update. */
-export function readBundle(run, record, baseRoot, bytes) {
+function readBundle(run, record, baseRoot, bytes) {
   const reader = new Reader(bytes), form = packetForm(run), most = wireBytesMax(run, form)
   demand(bytes.length <= record.accepted.length * (most + 4), 'TOO_LARGE', 'a bundle')
   const wires = record.accepted.map(() => {
@@ -1242,7 +1242,7 @@ const worthAnotherTry = code => [CODES.BUSY, CODES.WRONG_DIGEST, CODES.BAD_SESSI
 
 const HOST = /^([A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])$/
 
-export function isAddress(address) {
+function isAddress(address) {
   const [, host, port] = /^(.*):([1-9][0-9]{0,4})$/.exec(address) ?? []
   return host !== undefined && HOST.test(host) && Number(port) <= 65535 && address.length <= 255
 }
@@ -1250,12 +1250,12 @@ const isBootstrap = address => address.length <= 255 && /^(\/[A-Za-z0-9.:_-]+)+\
 
 const sumOf = body => digest('invite', body).subarray(0, 4)
 
-export function inviteText({ runId, aggregator, certificate, addresses, bootstraps }) {
+function inviteText({ runId, aggregator, certificate, addresses, bootstraps }) {
   const body = join([runId, aggregator, certificate, addressBytes(addresses), addressBytes(bootstraps)])
   return 'slp1' + join([body, sumOf(body)]).toString('base64url')
 }
 
-export function readInvite(invite) {
+function readInvite(invite) {
   const must = (holds, why) => demand(holds, 'BAD_INVITE', `${why}; copy the whole invite again`)
   must(invite.length <= 4096, 'this is too long')
   const word = invite.replace(/[ \t\r\n]/g, '')

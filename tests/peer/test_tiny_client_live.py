@@ -1,19 +1,23 @@
 """The client that was written from the specification alone takes part in a swarm of the real programs."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from peer.core.model import Llama, initial_parameters
 from protocol.identity import PrivateKey
 from protocol.invite import Invite
 from protocol.ledger import RoundRecord, Verdict
+from protocol.run import ModelConfig
 from tests.peer.swarm import Program, Swarm, make_run
 from tests.peer.test_swarm import finish, ledger
 
@@ -178,3 +182,56 @@ def test_control_c_leaves_the_swarm(tmp_path: Path) -> None:
             interrupt(client)
             aggregator.wait_event("peer left", 30, peer=client.key.hex())
     assert "left after" in client.log.read_text()
+
+
+GRADIENT = """
+import { lossAndGradient } from '%s'
+import { readFileSync } from 'node:fs'
+const { config, tokens, values } = JSON.parse(readFileSync(0))
+const w = {}, g = {}
+for (const name in values) [w[name], g[name]] = [Float32Array.from(values[name]), new Float32Array(values[name].length)]
+const loss = lossAndGradient(config, w, g, tokens)
+for (const name in g) g[name] = [...g[name]]
+console.log(JSON.stringify({ loss, gradient: g }))
+"""
+
+
+@pytest.mark.parametrize(("tied", "shared"), [(True, 2), (False, 1)], ids=["tied", "untied-shared-heads"])
+def test_its_gradient_is_that_of_the_real_model(tied: bool, shared: int) -> None:
+    config = ModelConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=shared,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    model = Llama(config)
+    generator = torch.Generator().manual_seed(7)
+    initial = initial_parameters(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)  # so that no norm is one
+            parameter.copy_(initial[name] + noise)
+    tokens = torch.randint(0, 256, (1, 21), generator=generator)
+    loss = model.loss(tokens)
+    torch.autograd.backward(loss)
+    told = {
+        "config": asdict(config),
+        "tokens": tokens[0].tolist(),
+        "values": {name: parameter.detach().flatten().tolist() for name, parameter in model.named_parameters()},
+    }
+    assert NODE is not None
+    command = [NODE, "--input-type=module", "-e", GRADIENT % CLIENT.as_uri()]
+    answer = subprocess.run(command, input=json.dumps(told), capture_output=True, text=True, timeout=60, check=False)
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        exact = parameter.grad.flatten()
+        torch.testing.assert_close(
+            torch.tensor(found["gradient"][name]), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item(), msg=name
+        )
