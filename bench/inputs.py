@@ -47,7 +47,7 @@ class Inputs:
 
 def model_of(millions: int) -> ModelConfig:
     """A model of about 16 or 128 million parameters whose matrices are whole chunks."""
-    width, inner, layers = {16: (512, 1472, 5), 128: (1024, 2816, 10)}[millions]
+    width, inner, layers = {16: (768, 2432, 2), 128: (1024, 2816, 10)}[millions]
     return ModelConfig(
         hidden_size=width,
         intermediate_size=inner,

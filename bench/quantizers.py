@@ -1,7 +1,7 @@
 """Which quantizer for the kept values? `errors` measures them on real pseudo-gradients, `loss` trains with them.
 
     python -m bench.quantizers errors --k 64 256 --rounds 1 5 10 20
-    python -m bench.quantizers loss --k 64 --total 30 --seeds 0 1
+    python -m bench.quantizers loss --k 64 --total 30 --steps 10 --seeds 0 1
 
 `errors` trains the demo's model with our packets and prints the squared error of the kept values, relative to their own
 squares, summed over the replicas. `loss` trains a smaller model once per quantizer: same data, same first weights.
@@ -223,7 +223,7 @@ def print_errors(arguments: argparse.Namespace) -> None:
             print(f"| {name} | " + " | ".join(f"{column[name]:.5f}" for column in columns.values()) + " |", flush=True)
 
 
-def loss_run(k: int, total: int) -> RunConfig:
+def loss_run(k: int, total: int, steps: int) -> RunConfig:
     """A smaller model than the demo's, so that many trainings are affordable; its matrices are whole chunks too."""
     settings = demo_settings()
     model = replace(
@@ -234,7 +234,8 @@ def loss_run(k: int, total: int) -> RunConfig:
         num_attention_heads=4,
         num_key_value_heads=4,
     )
-    settings = replace(settings, model=model, outer=replace(settings.outer, rounds=total))
+    inner = replace(settings.inner, steps=steps)
+    settings = replace(settings, model=model, inner=inner, outer=replace(settings.outer, rounds=total))
     return make_run(with_k(settings, k))
 
 
@@ -250,7 +251,7 @@ def final_loss(run: RunConfig, data: Dataset, peers: int, seed: int, quantize: Q
 def print_losses(arguments: argparse.Namespace) -> None:
     """Train once per quantizer and seed and print a table of validation losses."""
     for k in arguments.k:
-        run = loss_run(k, arguments.total)
+        run = loss_run(k, arguments.total, arguments.steps)
         data = open_data(run, arguments.cache)
         print(
             f"\nk = {k}, {run.layout.size:,} parameters, {run.outer.rounds} rounds of {run.inner.steps} inner steps\n"
@@ -269,6 +270,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--rounds", type=int, nargs="+", default=[1, 5, 10, 20], help="when errors are measured")
     parser.add_argument("--total", type=int, default=30, help="rounds of each training of `loss`")
+    parser.add_argument("--steps", type=int, default=10, help="inner steps of each round of `loss`")
     parser.add_argument("--peers", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="which windows the peers train on")
     parser.add_argument("--cache", type=Path, default=Path("runs/bench"), help="where the token shards are kept")
