@@ -79,7 +79,9 @@ SL_INLINE void store(void* to, T value) {
 
 SL_INLINE int bit_length(u64 value) { return value == 0 ? 0 : 64 - __builtin_clzll(value); }
 
-SL_INLINE u32 magnitude_bits(float value) { return load<u32>(&value) & 0x7fffffffu; }
+constexpr u32 MAGNITUDE = 0x7fffffff;  // the bits of a float32 without the sign; as integers they are in the same order
+
+SL_INLINE u32 bits_of(float value) { return load<u32>(&value); }
 
 // Callers may have switched off denormals or changed the rounding; the specification wants neither.
 class DefaultArithmetic {
@@ -378,23 +380,14 @@ class BitWriter {
     int filled_ = 0;
 };
 
-// Write the gaps of ascending indices; return where they end. Long gaps are rare, so the common loop has no branch.
+// Write the gaps of ascending indices; return where they end.
 template <class Index>
 SL_INLINE u8* write_gaps(const Index* indices, int count, u8* to) {
-    if (count == 0) return to;
-    int longest = indices[0];
-    to[0] = static_cast<u8>(indices[0]);
-    for (int i = 1; i < count; ++i) {
-        const int gap = indices[i] - indices[i - 1] - 1;
-        longest = std::max(longest, gap);
-        to[i] = static_cast<u8>(gap);
-    }
-    if (longest < 255) return to + count;
     int previous = -1;
     for (int i = 0; i < count; ++i) {
         int gap = indices[i] - previous - 1;
         previous = indices[i];
-        for (; gap >= 255; gap -= 255) *to++ = 255;
+        for (; __builtin_expect(gap >= 255, 0); gap -= 255) *to++ = 255;
         *to++ = static_cast<u8>(gap);
     }
     return to;
@@ -403,23 +396,37 @@ SL_INLINE u8* write_gaps(const Index* indices, int count, u8* to) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Compressing one chunk (SPEC 4)
 
-struct CompressScratch {
-    alignas(64) u32 maxima[CHUNK];
-    alignas(64) u32 magnitudes[CHUNK + LANES];
-    alignas(64) u32 fixed[CHUNK + LANES];
+// Chunks that go through the error feedback together before the first of them is quantized, so that the memory is read in
+// long runs; they stay in the second-level cache.
+constexpr int BATCH = 8;
+
+// The values of a chunk that may be among the largest.
+struct Candidates {
+    alignas(64) u32 bits[CHUNK + LANES];  // as float32
     alignas(64) u16 indices[CHUNK + 2 * LANES];
-    alignas(64) float short_chunk[3][CHUNK];  // the last chunk of a tensor, filled up with zeros
+    int count;
+    u32 least;  // all that have this magnitude are among them, and no others
 };
 
+struct CompressScratch {
+    Candidates candidates[BATCH];
+    alignas(64) u32 maxima[BATCH][CHUNK];
+    alignas(64) u32 fixed[CHUNK + LANES];
+    alignas(64) float rest[CHUNK];
+    alignas(64) u8 codes[CHUNK];
+    alignas(64) float short_chunk[3][CHUNK];  // the last chunk of a tensor, filled up with zeros
+    u32 guess = MAGNITUDE;  // what the smallest kept magnitude of a chunk to come may be at least
+};
+
+// Up to BATCH whole chunks.
 struct ChunkInput {
     float* residual;  // becomes acc, then the new residual
     const float* outer;
     const float* local;
-    const float* next[3];  // the same three of the chunk to come, which is fetched from memory meanwhile
     float beta;
     int count;  // values to keep
     int code_bits;
-    i64 start;  // position of the chunk in the tensor
+    i64 start;  // position of the first chunk in the tensor
 };
 
 // Where the parts of a chunk go; moves on as they are written.
@@ -428,8 +435,8 @@ struct ChunkOutput {
     BitWriter codes;
     i64* positions;
     float* originals;
-    u8 scale;
-    u8 ratio;
+    u8* scales;
+    u8* ratios;
 };
 
 struct Threshold {
@@ -437,18 +444,22 @@ struct Threshold {
     int count;  // how many values are at least that large
 };
 
-// The largest threshold that at least k of the values reach, found bit by bit; any that at most k + slack reach will do.
-// All values lie between `least` and `most`; those above the n-th are 0 and not counted.
+// The largest threshold that the magnitudes of at least k values reach, found two bits at a time; any that at most
+// k + slack reach will do. All lie between `least` and `most`; those above the n-th are 0 and not counted.
+template <class Simd>
 SL_INLINE Threshold find_threshold(const u32* values, int n, int k, u32 least, u32 most, int slack) {
     const int padded = (n + LANES - 1) / LANES * LANES;
-    const int first = bit_length(least ^ most) - 1;
-    Threshold found{first < 0 ? least : least >> first >> 1 << 1 << first, n};
-    for (int bit = first; bit >= 0 && found.count > k + slack; --bit) {
-        const i32 candidate = static_cast<i32>(found.bits | (1u << bit));
-        int count = 0;
-        // Magnitudes have 31 bits, and signed comparison is the one that every vector unit has.
-        for (int i = 0; i < padded; ++i) count += static_cast<i32>(values[i]) >= candidate;
-        if (count >= k) found = {static_cast<u32>(candidate), count};
+    const int pairs = (bit_length(least ^ most) + 1) / 2;
+    Threshold found{static_cast<u32>(u64{least} >> (2 * pairs) << (2 * pairs)), n};
+    for (int pair = pairs - 1; pair >= 0 && found.count > k + slack; --pair) {
+        const u32 step = 1u << (2 * pair);
+        u32 limits[3];
+        for (u32 i = 0; i < 3; ++i) limits[i] = static_cast<u32>(std::min<u64>(found.bits + (i + 1) * u64{step}, MAGNITUDE));
+        int counts[4] = {found.count};
+        Simd::count_from(values, padded, limits, counts + 1);
+        const int steps = (counts[1] >= k) + (counts[2] >= k) + (counts[3] >= k);
+        found.bits += static_cast<u32>(steps) * step;
+        found.count = counts[steps];
     }
     return found;
 }
@@ -457,28 +468,33 @@ SL_INLINE Threshold find_threshold(const u32* values, int n, int k, u32 least, u
 // the number of candidates low.
 SL_INLINE int rows_of_block(int count) { return count <= 128 ? 16 : count <= 256 ? 8 : count <= 512 ? 4 : 1; }
 
-// Narrow n candidates down to the `count` largest, the lower index first where magnitudes are equal.
-SL_INLINE void keep_largest(CompressScratch& scratch, int n, int count, u32 least, u32 most) {
-    u32* const magnitudes = scratch.magnitudes;
-    u16* const indices = scratch.indices;
-    for (int i = 0; i < LANES; ++i) magnitudes[n + i] = 0;
-    const Threshold cut = find_threshold(magnitudes, n, count, least, most, 0);
-    u32 above = cut.bits - 1;
-    int ties = 0;
-    if (cut.count > count) {  // then the bit search went to its end, and cut.bits is the count-th largest magnitude
-        above = cut.bits;
-        ties = count;
-        for (int i = 0; i < n; ++i) ties -= magnitudes[i] > above;
+// Narrow the candidates down to the `count` largest, the lower index first where magnitudes are equal. Returns a threshold
+// that all that are kept reach.
+template <class Simd>
+SL_INLINE u32 keep_largest(Candidates& candidates, int count, u32 most) {
+    u32* const bits = candidates.bits;
+    u16* const indices = candidates.indices;
+    const int n = candidates.count;
+    if (n == count) return candidates.least;
+    for (int i = 0; i < LANES; ++i) bits[n + i] = 0;
+    const Threshold cut = find_threshold<Simd>(bits, n, count, candidates.least, most, 0);
+    if (cut.count == count) {
+        Simd::keep_from(candidates, cut.bits);
+        return cut.bits;
     }
+    // The bit search went to its end, so that cut.bits is the count-th largest magnitude, and some of its equals go.
+    int ties = count;
+    for (int i = 0; i < n; ++i) ties -= (bits[i] & MAGNITUDE) > cut.bits;
     int kept = 0;
     for (int i = 0; i < n; ++i) {
-        const u32 magnitude = magnitudes[i];
-        const bool is_tie = magnitude == above && ties > 0;
+        const u32 magnitude = bits[i] & MAGNITUDE;
+        const bool is_tie = magnitude == cut.bits && ties > 0;
         indices[kept] = indices[i];
-        magnitudes[kept] = magnitude;
+        bits[kept] = bits[i];
         ties -= is_tie;
-        kept += magnitude > above || is_tie;
+        kept += magnitude > cut.bits || is_tie;
     }
+    return cut.bits;
 }
 
 struct Share {
@@ -486,18 +502,16 @@ struct Share {
     u64 sum;
 };
 
-// Number and sum of those above a limit. Halves are summed in 32 bits, which suffice for 4096 values below 2^30.
+// Number and sum of those above a limit.
 SL_INLINE Share above(const u32* fixed, int padded, u32 limit) {
     u32 count = 0;
-    u32 low = 0;
-    u32 high = 0;
+    u64 sum = 0;
     for (int i = 0; i < padded; ++i) {
         const u32 value = static_cast<i32>(fixed[i]) > static_cast<i32>(limit) ? fixed[i] : 0;
         count += value != 0;
-        low += value & 0xffff;
-        high += value >> 16;
+        sum += value;
     }
-    return {count, low + (u64{high} << 16)};
+    return {count, sum};
 }
 
 // A chunk's two magnitudes, and which values take which: a value is low when it is at most `limit` and there is a ratio.
@@ -525,13 +539,13 @@ SL_INLINE Split split_at(const u32* fixed, int padded, int n, u64 total, u64 lim
     return {static_cast<u32>(limit), true, high, (total - share.sum) / static_cast<u64>(n - share.count)};
 }
 
-// Steps 3 to 7 of SPEC 4 for n kept magnitudes, of which the largest is at least 2^-31. Then one unit of `fixed` is
+// Steps 3 to 7 of SPEC 4 for n kept values, of whose magnitudes the largest is at least 2^-31. Then one unit of `fixed` is
 // 2^(exponent - 156) and the largest is 2^29 or more, so no mean is 0. Of integers, x * n > S where x > floor(S / n).
-SL_INLINE Quantizer quantize(const u32* magnitudes, int n, u32 most, int code_bits, u32* fixed) {
+SL_INLINE Quantizer quantize(const u32* bits, int n, u32 most, int code_bits, u32* fixed) {
     const int exponent = std::max(1, static_cast<int>(most >> 23));
     for (int i = 0; i < n; ++i) {
-        const int field = static_cast<int>(magnitudes[i] >> 23);
-        const u32 mantissa = (magnitudes[i] & 0x7fffff) | (field > 0 ? 0x800000u : 0u);
+        const int field = static_cast<int>(bits[i] >> 23 & 0xff);
+        const u32 mantissa = (bits[i] & 0x7fffff) | (field > 0 ? 0x800000u : 0u);
         fixed[i] = (mantissa << 6) >> std::min(exponent - std::max(field, 1), 31);
     }
     for (int i = n; i % LANES != 0; ++i) fixed[i] = 0;
@@ -566,54 +580,113 @@ SL_INLINE Quantizer quantize(const u32* magnitudes, int n, u32 most, int code_bi
 SL_INLINE u64 high_of(int scale) { return static_cast<u64>(8 + (scale & 7)) << ((scale >> 3) + 5); }
 SL_INLINE u64 low_of(u64 high, int ratio) { return (high * static_cast<u64>(RATIO_STEPS - ratio)) >> 6; }
 
-// Write gaps, codes, positions and originals of a chunk's kept values, and take what is sent out of the residual.
-SL_INLINE void send(const ChunkInput& in, const CompressScratch& scratch, const Quantizer& quantizer, ChunkOutput& out) {
+// Eight codes of 1 or 2 bits, one in each byte, moved together.
+SL_INLINE u64 squeeze(u64 codes, int bits) {
+    if (bits == 2) {
+        codes = (codes | codes >> 6) & 0x000f000f000f000f;
+        codes = (codes | codes >> 12) & 0x000000ff000000ff;
+        return (codes | codes >> 24) & 0xffff;
+    }
+    codes = (codes | codes >> 7) & 0x0003000300030003;
+    codes = (codes | codes >> 14) & 0x0000000f0000000f;
+    return (codes | codes >> 28) & 0xff;
+}
+
+SL_INLINE void push_codes(const u8* codes, int count, int bits, BitWriter& writer) {
+    int i = 0;
+    for (; i + 8 <= count; i += 8) writer.push(squeeze(load<u64>(codes + i), bits), 8 * bits);
+    if (i < count) {
+        u64 rest = 0;
+        std::memcpy(&rest, codes + i, static_cast<std::size_t>(count - i));
+        writer.push(squeeze(rest, bits), (count - i) * bits);
+    }
+}
+
+// Write gaps, codes, positions and originals of a chunk's kept values, and take what is sent out of the residual. One
+// short loop for each, which the compiler can vectorize.
+SL_INLINE void send(const ChunkInput& in, const Candidates& kept, const Quantizer& quantizer, CompressScratch& scratch,
+                    ChunkOutput& out) {
     constexpr float UNIT = 1.0f / (u64{1} << GRID_BITS);
     const u64 high = high_of(quantizer.scale);
-    const float high_value = static_cast<float>(high) * UNIT;
-    const float low_value = static_cast<float>(low_of(high, quantizer.ratio)) * UNIT;
-    const float values[4] = {high_value, -high_value, low_value, -low_value};
-    const int codes_per_word = 64 / in.code_bits;
-    out.gaps = write_gaps(scratch.indices, in.count, out.gaps);
-    for (int first = 0; first < in.count; first += codes_per_word) {
-        const int stop = std::min(in.count, first + codes_per_word);
-        u64 word = 0;
-        for (int i = first; i < stop; ++i) {
-            const int index = scratch.indices[i];
-            const float original = in.residual[index];
-            const u32 sign = load<u32>(&original) >> 31;
-            const u32 is_low = quantizer.ratio != 0 && scratch.fixed[i] <= quantizer.limit;
-            const u32 code = sign | is_low << 1;
-            word |= u64{code} << ((i - first) * in.code_bits);
-            in.residual[index] = original - values[code];
-            out.positions[i] = in.start + index;
-            out.originals[i] = original;
-        }
-        out.codes.push(word, (stop - first) * in.code_bits);
+    const u32 high_bits = bits_of(static_cast<float>(high) * UNIT);
+    const u32 low_bits = bits_of(static_cast<float>(low_of(high, quantizer.ratio)) * UNIT);
+    const i32 limit = quantizer.ratio == 0 ? -1 : static_cast<i32>(quantizer.limit);
+    const int count = in.count;
+    for (int i = 0; i < count; ++i) {
+        const bool is_low = static_cast<i32>(scratch.fixed[i]) <= limit;
+        const u32 sign = kept.bits[i] & ~MAGNITUDE;
+        scratch.codes[i] = static_cast<u8>(sign >> 31 | (is_low ? 2u : 0u));
+        const u32 sent = sign | (is_low ? low_bits : high_bits);
+        scratch.rest[i] = load<float>(kept.bits + i) - load<float>(&sent);
     }
-    out.positions += in.count;
-    out.originals += in.count;
+    for (int i = 0; i < count; ++i) in.residual[kept.indices[i]] = scratch.rest[i];
+    for (int i = 0; i < count; ++i) out.positions[i] = in.start + kept.indices[i];
+    std::memcpy(out.originals, kept.bits, static_cast<std::size_t>(count) * sizeof(float));
+    out.gaps = write_gaps(kept.indices, count, out.gaps);
+    push_codes(scratch.codes, count, in.code_bits, out.codes);
+    out.positions += count;
+    out.originals += count;
+}
+
+// Where the next chunk's output will go is known, and nothing else would bring these lines into the cache in time.
+SL_INLINE void fetch_ahead(const ChunkOutput& out, int count) {
+    for (int i = 0; i < count; i += 8) __builtin_prefetch(out.positions + count + i, 1, 2);
+    for (int i = 0; i < count; i += 16) __builtin_prefetch(out.originals + count + i, 1, 2);
+}
+
+// Neighbouring chunks have similar cuts. So the error feedback already collects candidates, from somewhat below the cuts
+// seen so far, while it waits for memory. Where that finds too few or very many, the block maxima give a threshold
+// that cannot fail. Either way the same values are chosen in the end.
+SL_INLINE u32 next_guess(u32 guess, u32 cut, bool missed) {
+    constexpr i64 MARGIN = 0x50000;  // some three percent
+    const i64 aim = static_cast<i64>(cut) - MARGIN;
+    const i64 next = missed ? aim : static_cast<i64>(guess) + (aim - static_cast<i64>(guess)) / 8;
+    return static_cast<u32>(std::max<i64>(next, 1));
 }
 
 template <class Simd>
-SL_INLINE int compress_chunk(const ChunkInput& in, CompressScratch& scratch, ChunkOutput& out) {
+SL_INLINE void compress_chunk(const ChunkInput& in, u32 most, const u32* maxima, Candidates& candidates,
+                              CompressScratch& scratch, ChunkOutput& out) {
+    constexpr u32 ABSENT = 0x30000000;  // 2^-31: below it no scale rounds to more than 2^-30
+    *out.scales = *out.ratios = 0;
+    if (most < ABSENT) return;
+    fetch_ahead(out, in.count);
+    const bool missed = candidates.count < in.count || candidates.count > 4 * in.count;
+    if (missed) {
+        const int m = CHUNK / rows_of_block(in.count);
+        const u32 smallest = *std::min_element(maxima, maxima + m);
+        candidates.least = find_threshold<Simd>(maxima, m, in.count, smallest, most, in.count / 16).bits;
+        Simd::pick_from(in.residual, candidates);
+    }
+    const u32 cut = keep_largest<Simd>(candidates, in.count, most);
+    scratch.guess = next_guess(scratch.guess, cut, missed);
+    const Quantizer quantizer = quantize(candidates.bits, in.count, most, in.code_bits, scratch.fixed);
+    *out.scales = static_cast<u8>(quantizer.scale);
+    *out.ratios = static_cast<u8>(quantizer.ratio);
+    if (quantizer.scale > 0) send(in, candidates, quantizer, scratch, out);
+}
+
+template <class Simd>
+SL_INLINE int compress_batch(ChunkInput in, int chunks, CompressScratch& scratch, ChunkOutput& out) {
     constexpr u32 INFINITE = 0x7f800000;  // NaN has larger bits still
-    constexpr u32 ABSENT = 0x30000000;    // 2^-31: below it no scale rounds to more than 2^-30
-    const int rows = rows_of_block(in.count);
-    const u32 most = Simd::feedback(in, rows, scratch.maxima);
-    out.scale = out.ratio = 0;
-    if (most >= INFINITE) return NOT_FINITE;
-    if (most < ABSENT) return OK;
-    const int maxima = CHUNK / rows;
-    const u32 least = *std::min_element(scratch.maxima, scratch.maxima + maxima);
-    const Threshold threshold = find_threshold(scratch.maxima, maxima, in.count, least, most, in.count / 16);
-    const int n = Simd::candidates(in, threshold.bits, scratch.indices);
-    for (int i = 0; i < n; ++i) scratch.magnitudes[i] = magnitude_bits(in.residual[scratch.indices[i]]);
-    if (n > in.count) keep_largest(scratch, n, in.count, threshold.bits, most);
-    const Quantizer quantizer = quantize(scratch.magnitudes, in.count, most, in.code_bits, scratch.fixed);
-    out.scale = static_cast<u8>(quantizer.scale);
-    out.ratio = static_cast<u8>(quantizer.ratio);
-    if (quantizer.scale > 0) send(in, scratch, quantizer, out);
+    u32 most[BATCH];
+    ChunkInput at = in;
+    for (int c = 0; c < chunks; ++c) {
+        scratch.candidates[c].least = scratch.guess;
+        most[c] = Simd::feedback(at, rows_of_block(in.count), scratch.maxima[c], scratch.candidates[c]);
+        if (most[c] >= INFINITE) return NOT_FINITE;
+        at.residual += CHUNK;
+        at.outer += CHUNK;
+        at.local += CHUNK;
+    }
+    at = in;
+    for (int c = 0; c < chunks; ++c) {
+        compress_chunk<Simd>(at, most[c], scratch.maxima[c], scratch.candidates[c], scratch, out);
+        at.residual += CHUNK;
+        at.start += CHUNK;
+        ++out.scales;
+        ++out.ratios;
+    }
     return OK;
 }
 
@@ -841,38 +914,66 @@ SL_INLINE void merge_chunk(Source* sources, int count, i64 chunk, const MergePla
 // Instruction sets
 
 struct Portable {
-    SL_INLINE static u32 feedback(const ChunkInput& in, int rows, u32* maxima) {
+    // Error feedback on one chunk. Collects candidates from found.least on, and the largest magnitude of each block, in which
+    // values stand a vector apart; returns the largest of all.
+    SL_INLINE static u32 feedback(const ChunkInput& in, int rows, u32* maxima, Candidates& found) {
         constexpr int WIDTH = 4;
-        u32 most = 0;
+        i32 most = 0;
         for (int group = 0; group < CHUNK; group += WIDTH * rows) {
-            u32 block[WIDTH] = {};
+            i32 block[WIDTH] = {};
             for (int i = group; i < group + WIDTH * rows; i += WIDTH) {
                 for (int lane = 0; lane < WIDTH; ++lane) {
                     const float difference = in.outer[i + lane] - in.local[i + lane];
                     const float kept_back = in.beta * in.residual[i + lane];
                     const float acc = kept_back + difference;
                     in.residual[i + lane] = acc;
-                    const u32 bits = magnitude_bits(acc);
-                    block[lane] = static_cast<i32>(bits) > static_cast<i32>(block[lane]) ? bits : block[lane];
+                    // Signed comparison is the one that every vector unit has.
+                    block[lane] = std::max(block[lane], static_cast<i32>(bits_of(acc) & MAGNITUDE));
                 }
             }
             for (int lane = 0; lane < WIDTH; ++lane) {
-                maxima[group / rows + lane] = block[lane];
+                maxima[group / rows + lane] = static_cast<u32>(block[lane]);
                 most = std::max(most, block[lane]);
             }
         }
-        return most;
+        pick_from(in.residual, found);
+        return static_cast<u32>(most);
     }
 
-    SL_INLINE static int candidates(const ChunkInput& in, u32 threshold, u16* indices) {
+    // Collect the values of a chunk whose magnitude is at least found.least.
+    SL_INLINE static void pick_from(const float* acc, Candidates& found) {
         int n = 0;
         for (int i = 0; i < CHUNK; ++i) {
-            indices[n] = static_cast<u16>(i);
-            n += magnitude_bits(in.residual[i]) >= threshold;
+            const u32 bits = bits_of(acc[i]);
+            found.bits[n] = bits;
+            found.indices[n] = static_cast<u16>(i);
+            n += (bits & MAGNITUDE) >= found.least;
         }
-        return n;
+        found.count = n;
     }
 
+    // How many values have a magnitude of at least each of three limits.
+    SL_INLINE static void count_from(const u32* values, int padded, const u32* limits, int* counts) {
+        for (int c = 0; c < 3; ++c) {
+            const i32 limit = static_cast<i32>(limits[c]);
+            int count = 0;
+            for (int i = 0; i < padded; ++i) count += static_cast<i32>(values[i] & MAGNITUDE) >= limit;
+            counts[c] = count;
+        }
+    }
+
+    // Keep the candidates whose magnitude is at least `least`.
+    SL_INLINE static void keep_from(Candidates& candidates, u32 least) {
+        int kept = 0;
+        for (int i = 0; i < candidates.count; ++i) {
+            const u32 bits = candidates.bits[i];
+            candidates.indices[kept] = candidates.indices[i];
+            candidates.bits[kept] = bits;
+            kept += (bits & MAGNITUDE) >= least;
+        }
+    }
+
+    // Take out the sums that are not 0, with their indices, and leave zeros.
     SL_INLINE static int collect(i64* sums, i64* found, u16* indices) {
         int n = 0;
         for (int i = 0; i < CHUNK; ++i) {
@@ -894,8 +995,8 @@ struct Portable {
     }
 };
 
-int compress_portable(const ChunkInput& in, CompressScratch& scratch, ChunkOutput& out) {
-    return compress_chunk<Portable>(in, scratch, out);
+int compress_portable(const ChunkInput& in, int chunks, CompressScratch& scratch, ChunkOutput& out) {
+    return compress_batch<Portable>(in, chunks, scratch, out);
 }
 
 void merge_portable(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch, MergeOutput& out) {
@@ -908,11 +1009,40 @@ void merge_portable(Source* sources, int count, i64 chunk, const MergePlan& plan
 #define SL_AVX512 \
     __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")))
 
+// For each set of lanes of eight, the numbers of these lanes, and behind them whatever.
+struct LaneTable {
+    u8 lanes[256][8];
+
+    constexpr LaneTable() : lanes() {
+        for (int set = 0; set < 256; ++set) {
+            int n = 0;
+            for (u8 lane = 0; lane < 8; ++lane) {
+                if (set >> lane & 1) lanes[set][n++] = lane;
+            }
+        }
+    }
+};
+
+constexpr LaneTable LANE_TABLE;
+
 struct Avx2 : Portable {
-    SL_AVX2 static u32 feedback(const ChunkInput& in, int rows, u32* maxima) {
+    // Append the lanes of a vector whose magnitude is above a limit, and return their new number.
+    SL_AVX2 static inline int append(__m256i bits, __m256i magnitudes, __m256i below, int i, int n, Candidates& found) {
+        const int set = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(magnitudes, below)));
+        const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(LANE_TABLE.lanes[set]));
+        const __m256i packed = _mm256_permutevar8x32_epi32(bits, _mm256_cvtepu8_epi32(lanes));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(found.bits + n), packed);
+        const __m128i indices = _mm_add_epi16(_mm_cvtepu8_epi16(lanes), _mm_set1_epi16(static_cast<short>(i)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(found.indices + n), indices);
+        return n + __builtin_popcount(static_cast<u32>(set));
+    }
+
+    SL_AVX2 static u32 feedback(const ChunkInput& in, int rows, u32* maxima, Candidates& found) {
         const __m256 beta = _mm256_set1_ps(in.beta);
-        const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+        const __m256i magnitude = _mm256_set1_epi32(MAGNITUDE);
+        const __m256i below = _mm256_set1_epi32(static_cast<i32>(found.least - 1));
         __m256i most = _mm256_setzero_si256();
+        int n = 0;
         for (int group = 0; group < CHUNK; group += 8 * rows) {
             __m256i block = _mm256_setzero_si256();
             for (int i = group; i < group + 8 * rows; i += 8) {
@@ -920,38 +1050,75 @@ struct Avx2 : Portable {
                 const __m256 kept_back = _mm256_mul_ps(beta, _mm256_loadu_ps(in.residual + i));
                 const __m256 acc = _mm256_add_ps(kept_back, difference);
                 _mm256_storeu_ps(in.residual + i, acc);
-                block = _mm256_max_epu32(block, _mm256_and_si256(_mm256_castps_si256(acc), magnitude));
+                const __m256i bits = _mm256_castps_si256(acc);
+                const __m256i magnitudes = _mm256_and_si256(bits, magnitude);
+                block = _mm256_max_epu32(block, magnitudes);
+                n = append(bits, magnitudes, below, i, n, found);
             }
             _mm256_store_si256(reinterpret_cast<__m256i*>(maxima + group / rows), block);
             most = _mm256_max_epu32(most, block);
         }
+        found.count = n;
         alignas(32) u32 lanes[8];
         _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), most);
         return *std::max_element(lanes, lanes + 8);
     }
 
-    SL_AVX2 static int candidates(const ChunkInput& in, u32 threshold, u16* indices) {
-        const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-        const __m256i below = _mm256_set1_epi32(static_cast<i32>(threshold - 1));
+    SL_AVX2 static void pick_from(const float* acc, Candidates& found) {
+        const __m256i magnitude = _mm256_set1_epi32(MAGNITUDE);
+        const __m256i below = _mm256_set1_epi32(static_cast<i32>(found.least - 1));
         int n = 0;
-        for (int first = 0; first < CHUNK; first += 64) {
-            u64 found = 0;
-            for (int i = 0; i < 64; i += 8) {
-                const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(in.residual + first + i));
-                const __m256i large = _mm256_cmpgt_epi32(_mm256_and_si256(bits, magnitude), below);
-                found |= static_cast<u64>(static_cast<u32>(_mm256_movemask_ps(_mm256_castsi256_ps(large)))) << i;
-            }
-            for (const float* next : in.next) {
-                for (int i = 0; i < 64; i += 16) _mm_prefetch(reinterpret_cast<const char*>(next + first + i), _MM_HINT_T1);
-            }
-            for (; found != 0; found &= found - 1) indices[n++] = static_cast<u16>(first + __builtin_ctzll(found));
+        for (int i = 0; i < CHUNK; i += 8) {
+            const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(acc + i));
+            n = append(bits, _mm256_and_si256(bits, magnitude), below, i, n, found);
         }
-        return n;
+        found.count = n;
+    }
+
+    SL_AVX2 static void count_from(const u32* values, int padded, const u32* limits, int* counts) {
+        const __m256i magnitude = _mm256_set1_epi32(MAGNITUDE);
+        const __m256i below_1 = _mm256_set1_epi32(static_cast<i32>(limits[0] - 1));
+        const __m256i below_2 = _mm256_set1_epi32(static_cast<i32>(limits[1] - 1));
+        const __m256i below_3 = _mm256_set1_epi32(static_cast<i32>(limits[2] - 1));
+        __m256i sum_1 = _mm256_setzero_si256();
+        __m256i sum_2 = sum_1;
+        __m256i sum_3 = sum_1;
+        for (int i = 0; i < padded; i += 8) {
+            const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(values + i));
+            const __m256i magnitudes = _mm256_and_si256(bits, magnitude);
+            sum_1 = _mm256_sub_epi32(sum_1, _mm256_cmpgt_epi32(magnitudes, below_1));
+            sum_2 = _mm256_sub_epi32(sum_2, _mm256_cmpgt_epi32(magnitudes, below_2));
+            sum_3 = _mm256_sub_epi32(sum_3, _mm256_cmpgt_epi32(magnitudes, below_3));
+        }
+        const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(sum_1, sum_2), _mm256_hadd_epi32(sum_3, sum_3));
+        const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+        counts[0] = _mm_extract_epi32(sums, 0);
+        counts[1] = _mm_extract_epi32(sums, 1);
+        counts[2] = _mm_extract_epi32(sums, 2);
+    }
+
+    SL_AVX2 static void keep_from(Candidates& candidates, u32 least) {
+        const __m256i magnitude = _mm256_set1_epi32(MAGNITUDE);
+        const __m256i below = _mm256_set1_epi32(static_cast<i32>(least - 1));
+        int kept = 0;
+        for (int i = 0; i < candidates.count; i += 8) {  // behind the last candidate the bits are 0
+            const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(candidates.bits + i));
+            const __m128i indices = _mm_load_si128(reinterpret_cast<const __m128i*>(candidates.indices + i));
+            const __m256i large = _mm256_cmpgt_epi32(_mm256_and_si256(bits, magnitude), below);
+            const int set = _mm256_movemask_ps(_mm256_castsi256_ps(large));
+            const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(LANE_TABLE.lanes[set]));
+            const __m256i packed = _mm256_permutevar8x32_epi32(bits, _mm256_cvtepu8_epi32(lanes));
+            const __m128i twice = _mm_slli_epi16(_mm_cvtepu8_epi16(lanes), 1);
+            const __m128i bytes = _mm_add_epi16(_mm_or_si128(twice, _mm_slli_epi16(twice, 8)), _mm_set1_epi16(0x0100));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(candidates.bits + kept), packed);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(candidates.indices + kept), _mm_shuffle_epi8(indices, bytes));
+            kept += __builtin_popcount(static_cast<u32>(set));
+        }
     }
 };
 
-SL_AVX2 int compress_avx2(const ChunkInput& in, CompressScratch& scratch, ChunkOutput& out) {
-    return compress_chunk<Avx2>(in, scratch, out);
+SL_AVX2 int compress_avx2(const ChunkInput& in, int chunks, CompressScratch& scratch, ChunkOutput& out) {
+    return compress_batch<Avx2>(in, chunks, scratch, out);
 }
 
 SL_AVX2 void merge_avx2(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch,
@@ -960,10 +1127,26 @@ SL_AVX2 void merge_avx2(Source* sources, int count, i64 chunk, const MergePlan& 
 }
 
 struct Avx512 : Portable {
-    SL_AVX512 static u32 feedback(const ChunkInput& in, int rows, u32* maxima) {
+    // Append the lanes of a vector in a set, and return the new number of candidates.
+    SL_AVX512 static inline int append(__mmask16 set, __m512i bits, __m256i indices, int n, Candidates& found) {
+        // To compress inside a register and to store all of it is faster than to store compressed.
+        _mm512_storeu_si512(found.bits + n, _mm512_maskz_compress_epi32(set, bits));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(found.indices + n), _mm256_maskz_compress_epi16(set, indices));
+        return n + __builtin_popcount(set);
+    }
+
+    SL_AVX512 static inline __m256i first_indices() {
+        return _mm256_set_epi16(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    }
+
+    SL_AVX512 static u32 feedback(const ChunkInput& in, int rows, u32* maxima, Candidates& found) {
         const __m512 beta = _mm512_set1_ps(in.beta);
-        const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+        const __m512i magnitude = _mm512_set1_epi32(MAGNITUDE);
+        const __m512i least = _mm512_set1_epi32(static_cast<i32>(found.least));
+        const __m256i step = _mm256_set1_epi16(16);
+        __m256i indices = first_indices();
         __m512i most = _mm512_setzero_si512();
+        int n = 0;
         for (int group = 0; group < CHUNK; group += 16 * rows) {
             __m512i block = _mm512_setzero_si512();
             for (int i = group; i < group + 16 * rows; i += 16) {
@@ -971,35 +1154,57 @@ struct Avx512 : Portable {
                 const __m512 kept_back = _mm512_mul_ps(beta, _mm512_loadu_ps(in.residual + i));
                 const __m512 acc = _mm512_add_ps(kept_back, difference);
                 _mm512_storeu_ps(in.residual + i, acc);
-                block = _mm512_max_epu32(block, _mm512_and_si512(_mm512_castps_si512(acc), magnitude));
+                const __m512i bits = _mm512_castps_si512(acc);
+                const __m512i magnitudes = _mm512_and_si512(bits, magnitude);
+                block = _mm512_max_epu32(block, magnitudes);
+                n = append(_mm512_cmpge_epu32_mask(magnitudes, least), bits, indices, n, found);
+                indices = _mm256_add_epi16(indices, step);
             }
             _mm512_store_si512(maxima + group / rows, block);
             most = _mm512_max_epu32(most, block);
         }
+        found.count = n;
         return _mm512_reduce_max_epu32(most);
     }
 
-    SL_AVX512 static int candidates(const ChunkInput& in, u32 threshold, u16* indices) {
-        const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-        const __m512i least = _mm512_set1_epi32(static_cast<i32>(threshold));
-        const __m512i step = _mm512_set1_epi16(32);
-        alignas(64) u16 lanes[32];
-        for (int i = 0; i < 32; ++i) lanes[i] = static_cast<u16>(i);
-        __m512i here = _mm512_load_si512(lanes);
+    SL_AVX512 static void pick_from(const float* acc, Candidates& found) {
+        const __m512i magnitude = _mm512_set1_epi32(MAGNITUDE);
+        const __m512i limit = _mm512_set1_epi32(static_cast<i32>(found.least));
+        const __m256i step = _mm256_set1_epi16(16);
+        __m256i indices = first_indices();
         int n = 0;
-        for (int i = 0; i < CHUNK; i += 32) {
-            const __m512i low = _mm512_and_si512(_mm512_castps_si512(_mm512_loadu_ps(in.residual + i)), magnitude);
-            const __m512i high = _mm512_and_si512(_mm512_castps_si512(_mm512_loadu_ps(in.residual + i + 16)), magnitude);
-            const u32 found = u32{_mm512_cmpge_epu32_mask(low, least)} | u32{_mm512_cmpge_epu32_mask(high, least)} << 16;
-            _mm512_storeu_si512(indices + n, _mm512_maskz_compress_epi16(found, here));
-            n += __builtin_popcount(found);
-            here = _mm512_add_epi16(here, step);
-            for (const float* next : in.next) {
-                _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T1);
-                _mm_prefetch(reinterpret_cast<const char*>(next + i + 16), _MM_HINT_T1);
-            }
+        for (int i = 0; i < CHUNK; i += 16) {
+            const __m512i bits = _mm512_castps_si512(_mm512_loadu_ps(acc + i));
+            n = append(_mm512_cmpge_epu32_mask(_mm512_and_si512(bits, magnitude), limit), bits, indices, n, found);
+            indices = _mm256_add_epi16(indices, step);
         }
-        return n;
+        found.count = n;
+    }
+
+    SL_AVX512 static void count_from(const u32* values, int padded, const u32* limits, int* counts) {
+        const __m512i magnitude = _mm512_set1_epi32(MAGNITUDE);
+        const __m512i least_1 = _mm512_set1_epi32(static_cast<i32>(limits[0]));
+        const __m512i least_2 = _mm512_set1_epi32(static_cast<i32>(limits[1]));
+        const __m512i least_3 = _mm512_set1_epi32(static_cast<i32>(limits[2]));
+        counts[0] = counts[1] = counts[2] = 0;
+        for (int i = 0; i < padded; i += 16) {
+            const __m512i magnitudes = _mm512_and_si512(_mm512_load_si512(values + i), magnitude);
+            counts[0] += __builtin_popcount(_mm512_cmpge_epu32_mask(magnitudes, least_1));
+            counts[1] += __builtin_popcount(_mm512_cmpge_epu32_mask(magnitudes, least_2));
+            counts[2] += __builtin_popcount(_mm512_cmpge_epu32_mask(magnitudes, least_3));
+        }
+    }
+
+    SL_AVX512 static void keep_from(Candidates& candidates, u32 least) {
+        const __m512i magnitude = _mm512_set1_epi32(MAGNITUDE);
+        const __m512i limit = _mm512_set1_epi32(static_cast<i32>(least));
+        int kept = 0;
+        for (int i = 0; i < candidates.count; i += 16) {  // behind the last candidate the bits are 0
+            const __m512i bits = _mm512_load_si512(candidates.bits + i);
+            const __m256i indices = _mm256_load_si256(reinterpret_cast<const __m256i*>(candidates.indices + i));
+            const __mmask16 large = _mm512_cmpge_epu32_mask(_mm512_and_si512(bits, magnitude), limit);
+            kept = append(large, bits, indices, kept, candidates);
+        }
     }
 
     SL_AVX512 static int collect(i64* sums, i64* found, u16* indices) {
@@ -1032,8 +1237,8 @@ struct Avx512 : Portable {
     }
 };
 
-SL_AVX512 int compress_avx512(const ChunkInput& in, CompressScratch& scratch, ChunkOutput& out) {
-    return compress_chunk<Avx512>(in, scratch, out);
+SL_AVX512 int compress_avx512(const ChunkInput& in, int chunks, CompressScratch& scratch, ChunkOutput& out) {
+    return compress_batch<Avx512>(in, chunks, scratch, out);
 }
 
 SL_AVX512 void merge_avx512(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch,
@@ -1056,7 +1261,7 @@ bool has_avx512() {
 
 struct Isa {
     const char* name;
-    int (*compress)(const ChunkInput&, CompressScratch&, ChunkOutput&);
+    int (*compress)(const ChunkInput&, int, CompressScratch&, ChunkOutput&);
     void (*merge)(Source*, int, i64, const MergePlan&, MergeScratch&, MergeOutput&);
 };
 
@@ -1134,8 +1339,9 @@ struct CompressJob {
     float* originals;
 };
 
-int compress_short(const CompressJob& job, ChunkInput in, CompressScratch& scratch, ChunkOutput& out, int length) {
-    // Zeros at the end are never chosen before a real value: they are the smallest there can be, with the highest indices.
+// The last chunk of a tensor. Zeros behind it are never chosen before a real value: they are the smallest there can be,
+// with the highest indices.
+int compress_short(ChunkInput in, int length, CompressScratch& scratch, ChunkOutput& out) {
     const std::size_t bytes = static_cast<std::size_t>(length) * sizeof(float);
     std::memset(scratch.short_chunk, 0, sizeof scratch.short_chunk);
     std::memcpy(scratch.short_chunk[0], in.residual, bytes);
@@ -1143,12 +1349,10 @@ int compress_short(const CompressJob& job, ChunkInput in, CompressScratch& scrat
     std::memcpy(scratch.short_chunk[2], in.local, bytes);
     float* const residual = in.residual;
     in.residual = scratch.short_chunk[0];
-    in.outer = in.next[1] = scratch.short_chunk[1];
-    in.local = in.next[2] = scratch.short_chunk[2];
-    in.next[0] = in.residual;
-    const int status = isa().compress(in, scratch, out);
+    in.outer = scratch.short_chunk[1];
+    in.local = scratch.short_chunk[2];
+    const int status = isa().compress(in, 1, scratch, out);
     std::memcpy(residual, scratch.short_chunk[0], bytes);
-    (void)job;
     return status;
 }
 
@@ -1157,22 +1361,21 @@ Written compress_range(const CompressJob& job, i64 first, i64 stop, CompressScra
     const int kept = form.kept_of(CHUNK);
     u8* const gaps = job.gaps + first * PacketForm::gap_bytes_max(kept, CHUNK);
     u8* const codes = job.codes + first * kept * form.code_bits / 8;
-    ChunkOutput out{gaps, BitWriter(codes), job.positions + first * kept, job.originals + first * kept, 0, 0};
-    const i64* const positions = out.positions;
-    for (i64 chunk = first; chunk < stop; ++chunk) {
+    i64* const positions = job.positions + first * kept;
+    ChunkOutput out{gaps, BitWriter(codes), positions, job.originals + first * kept, job.scales + first, job.ratios + first};
+    for (i64 chunk = first; chunk < stop;) {
         const i64 start = chunk * CHUNK;
-        const i64 next = chunk + 1 < form.tensor.size / CHUNK ? start + CHUNK : start;
-        const ChunkInput in{job.residual + start, job.outer + start, job.local + start,
-                            {job.residual + next, job.outer + next, job.local + next},
-                            job.beta, form.kept(chunk), form.code_bits, start};
-        const int length = form.tensor.length(chunk);
+        const ChunkInput in{job.residual + start, job.outer + start,  job.local + start, job.beta,
+                            form.kept(chunk),     form.code_bits, start};
+        const i64 whole = std::min(stop, form.tensor.size / CHUNK) - chunk;
+        const int chunks = static_cast<int>(std::clamp<i64>(whole, 1, BATCH));
         const u8* const before = out.gaps;
-        const int status = length == CHUNK ? isa().compress(in, scratch, out) : compress_short(job, in, scratch, out, length);
+        const int status = whole > 0 ? isa().compress(in, chunks, scratch, out)
+                                     : compress_short(in, form.tensor.length(chunk), scratch, out);
         if (status != OK) return {gaps, 0, codes, 0, status};
-        job.scales[chunk] = out.scale;
-        job.ratios[chunk] = out.ratio;
-        // Two threads may share a block, and sums do not mind in which order.
+        // A block is whole batches. Two threads may share one, and sums do not mind in which order.
         __atomic_fetch_add(&job.blocks[chunk / BLOCK_CHUNKS], static_cast<u32>(out.gaps - before), __ATOMIC_RELAXED);
+        chunk += chunks;
     }
     out.codes.finish();
     return {gaps, out.gaps - gaps, codes, out.positions - positions, OK};
