@@ -2209,8 +2209,8 @@ async function main([command, ...rest]) {
 }
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
-  main(process.argv.slice(2)).then(() => process.exit(0), error => {
+  main(process.argv.slice(2)).catch(error => { // no process.exit, which would cut off what is still being written
     console.error(`error: ${error.message}`)
-    process.exit(1)
+    process.exitCode = 1
   })
 }
