@@ -3,7 +3,7 @@
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Callable, Collection
 from types import TracebackType
 from typing import Any, Self
 
@@ -183,10 +183,19 @@ class Link:
             raise ProtocolError(Code.WRONG_DIGEST, "the receipt is for another packet")
         return ReceiptMsg(receipt.digest, receipt.accepted, receipt.code)
 
-    async def fetch(self, kind: str, digest: bytes, *, size_max: int, resume: bytes = b"") -> bytes:
+    async def fetch(
+        self,
+        kind: str,
+        digest: bytes,
+        *,
+        size_max: int,
+        resume: bytes = b"",
+        sink: Callable[[bytes], None] | None = None,
+    ) -> bytes:
         """Fetch a whole blob of at most `size_max` bytes, going on after the bytes `resume` that are here already.
 
-        The caller checks the hash. When the connection breaks, the LinkError's `partial` is what to resume with.
+        The caller checks the hash. When the connection breaks, the LinkError's `partial` is what to resume with; `sink`
+        has then had every new byte of it.
         """
         request = pb.FetchRequest(session=self._session, kind=kind, digest=digest, offset=len(resume))
         call: Any = self._bulk.unary_stream(
@@ -209,6 +218,8 @@ class Link:
                 data += frame.data
                 if len(data) > size:
                     raise ProtocolError(Code.BAD_MESSAGE, f"more bytes than the {size} that were announced")
+                if sink is not None:
+                    sink(frame.data)
         except TimeoutError:
             reason = f"{self.address} sent nothing for {_STALL_S:g} s"
             raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True, partial=bytes(data)) from None
