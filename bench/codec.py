@@ -132,16 +132,14 @@ class Packets:
 def make_packets(inputs: Inputs, count: int) -> list[Packets]:
     """The packet of this acc, and `count` - 1 of the same values in other columns."""
     run, rules = inputs.run, inputs.run.compression
-    packets: list[Packets] = []
-    for copy in islice(shuffled(inputs.acc), count):
-        acc = inputs.acc if not packets else torch.cat((copy, inputs.acc[len(copy) :]))
-        before, nothing = acc.clone(), torch.zeros_like(acc)
+    acc, packets = inputs.acc, []
+    mixed, residual, nothing = acc.clone(), torch.empty_like(acc), torch.zeros_like(acc)
+    for copy in islice(shuffled(acc), count):
+        mixed[: len(copy)] = copy
         # With an empty residual and nothing local, error feedback leaves acc as it is.
-        residual = torch.zeros_like(acc)
-        sections, taken = codec.compress(residual, acc, nothing, run.layout, 0.0, rules.k, rules.code_bits)
-        wire = to_wire(run, sections)
-        sent = before[taken.positions] - residual[taken.positions]
-        packets.append(Packets(sections, wire, len(taken.positions), taken.positions, sent))
+        sections, taken = codec.compress(residual.zero_(), mixed, nothing, run.layout, 0.0, rules.k, rules.code_bits)
+        sent = mixed[taken.positions] - residual[taken.positions]
+        packets.append(Packets(sections, to_wire(run, sections), len(sent), taken.positions, sent))
     return packets
 
 
@@ -380,8 +378,9 @@ def main() -> None:
         if free is not None and free < MEMORY_BYTES[millions]:
             print(f"\n{millions}M values are left out: {free >> 20} MiB free, {MEMORY_BYTES[millions] >> 20} needed")
             continue
+        whole = inputs if millions == 16 else enlarged(inputs, millions)
         for k in arguments.k:
-            sized = with_packets(inputs if millions == 16 else enlarged(inputs, millions), k, 2)
+            sized = with_packets(whole, k, 2)
             packets = make_packets(sized, PEERS)
             sizes = measure_sizes(sized, packets[0]) if millions == 16 else None
             measure(sized, packets, sizes, arguments.turns, arguments.threads)
