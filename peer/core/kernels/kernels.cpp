@@ -34,6 +34,7 @@ namespace {
 
 using u8 = std::uint8_t;
 using i8 = std::int8_t;
+using i16 = std::int16_t;
 using u16 = std::uint16_t;
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
@@ -45,6 +46,7 @@ constexpr int BLOCK_CHUNKS = 1024;
 constexpr int RATIO_STEPS = 64;
 constexpr int EXPONENT_MAX = 35;
 constexpr int GRID_BITS = 38;
+constexpr int GAP_RUN = 16;  // gaps that are written together
 constexpr int LANES = 16;  // buffers are padded to this many values, the widest vector there is
 
 // What the functions of the C ABI return: 0, a protocol code (protocol/errors.py), or one of our own below 0.
@@ -170,10 +172,9 @@ SL_INLINE int sum_of_bytes(u64 bytes) {
     return static_cast<int>((((bytes & EVEN) + ((bytes >> 8) & EVEN)) * 0x0001000100010001) >> 48);
 }
 
-// Walk over `count` gaps. Return where they end, or null when the bytes end before them; `reached` is one more than the
-// last index. While eight gaps are still to come, eight bytes cannot go beyond the last one.
+// Walk over `count` gaps. Return where they end, or null when the bytes end before them; `reached` grows by what they
+// advance. While eight gaps are still to come, eight bytes cannot go beyond the last one.
 SL_INLINE const u8* walk_gaps(const u8* at, const u8* end, int count, i64& reached) {
-    reached = 0;
     while (count >= 8 && end - at >= 8) {
         const u64 bytes = load<u64>(at);
         const int ends = 8 - count_255(bytes);
@@ -191,9 +192,12 @@ SL_INLINE const u8* walk_gaps(const u8* at, const u8* end, int count, i64& reach
     return at;
 }
 
+using Walk = const u8* (*)(const u8* at, const u8* end, int count, i64& reached);
+Walk walk_here();  // the fastest for this machine
+
 // Check BAD_BLOCKS and BAD_INDEX; the former, wherever it is, comes before the latter.
 template <class Count>
-int check_gaps(Tensor tensor, const u8* blocks, const u8* gaps, i64 gap_bytes, Count count_of) {
+int check_gaps(Walk walk, Tensor tensor, const u8* blocks, const u8* gaps, i64 gap_bytes, Count count_of) {
     const u8* at = gaps;
     const u8* const stop = gaps + gap_bytes;
     bool inside = true;
@@ -204,8 +208,8 @@ int check_gaps(Tensor tensor, const u8* blocks, const u8* gaps, i64 gap_bytes, C
         const u8* const end = at + length;
         const i64 chunk_stop = std::min<i64>(tensor.chunks(), (block + 1) * BLOCK_CHUNKS);
         for (i64 chunk = block * BLOCK_CHUNKS; chunk < chunk_stop; ++chunk) {
-            i64 reached;
-            at = walk_gaps(at, end, count_of(chunk), reached);
+            i64 reached = 0;  // one more than the last index
+            at = walk(at, end, count_of(chunk), reached);
             if (at == nullptr) return BAD_BLOCKS;
             inside &= reached <= tensor.length(chunk);
         }
@@ -286,7 +290,7 @@ int check_packet_section(const u8* data, i64 length, const PacketForm& form, Pac
     if (const int code = split_packet_section(data, length, form, section)) return code;
     if (form.code_bits == 2 && !ratios_are_good(form, section)) return BAD_RATIO;
     const auto count_of = [&](i64 chunk) { return section.scales[chunk] == 0 ? 0 : form.kept(chunk); };
-    if (const int code = check_gaps(form.tensor, section.blocks, section.gaps, section.gap_bytes(), count_of)) return code;
+    if (const int code = check_gaps(walk_here(), form.tensor, section.blocks, section.gaps, section.gap_bytes(), count_of)) return code;
     const int used_bits = static_cast<int>(section.values * form.code_bits % 8);
     if (used_bits != 0 && section.end[-1] >> used_bits != 0) return BAD_PADDING;
     return form.code_bits == 2 ? check_lows(form, section) : OK;
@@ -342,7 +346,7 @@ int check_whole_update_section(const u8* data, i64 length, Tensor tensor, Update
     }
     if (!good) return BAD_EXPONENT;
     const auto count_of = [&](i64 chunk) { return section.count(chunk); };
-    if (const int code = check_gaps(tensor, section.blocks, section.gaps, section.gap_bytes(), count_of)) return code;
+    if (const int code = check_gaps(walk_here(), tensor, section.blocks, section.gaps, section.gap_bytes(), count_of)) return code;
     return check_values(tensor, section);
 }
 
@@ -380,15 +384,25 @@ class BitWriter {
     int filled_ = 0;
 };
 
-// Write the gaps of ascending indices; return where they end.
-template <class Index>
-SL_INLINE u8* write_gaps(const Index* indices, int count, u8* to) {
+// Write the gaps of ascending indices; return where they end. Most runs have no gap of 255 or more, and then a gap is a byte.
+template <class Simd>
+SL_INLINE u8* write_gaps(const u16* indices, int count, u8* to) {
     int previous = -1;
-    for (int i = 0; i < count; ++i) {
-        int gap = indices[i] - previous - 1;
-        previous = indices[i];
-        for (; __builtin_expect(gap >= 255, 0); gap -= 255) *to++ = 255;
-        *to++ = static_cast<u8>(gap);
+    int done = 0;
+    while (done < count) {
+        if (done > 0 && done + GAP_RUN <= count && Simd::write_short_gaps(indices + done, to)) {
+            to += GAP_RUN;
+            done += GAP_RUN;
+            previous = indices[done - 1];
+            continue;
+        }
+        const int stop = std::min(done + GAP_RUN, count);
+        for (; done < stop; ++done) {
+            int gap = indices[done] - previous - 1;
+            previous = indices[done];
+            for (; gap >= 255; gap -= 255) *to++ = 255;
+            *to++ = static_cast<u8>(gap);
+        }
     }
     return to;
 }
@@ -604,6 +618,7 @@ SL_INLINE void push_codes(const u8* codes, int count, int bits, BitWriter& write
 
 // Write gaps, codes, positions and originals of a chunk's kept values, and take what is sent out of the residual. One
 // short loop for each, which the compiler can vectorize.
+template <class Simd>
 SL_INLINE void send(const ChunkInput& in, const Candidates& kept, const Quantizer& quantizer, CompressScratch& scratch,
                     ChunkOutput& out) {
     constexpr float UNIT = 1.0f / (u64{1} << GRID_BITS);
@@ -622,7 +637,7 @@ SL_INLINE void send(const ChunkInput& in, const Candidates& kept, const Quantize
     for (int i = 0; i < count; ++i) in.residual[kept.indices[i]] = scratch.rest[i];
     for (int i = 0; i < count; ++i) out.positions[i] = in.start + kept.indices[i];
     std::memcpy(out.originals, kept.bits, static_cast<std::size_t>(count) * sizeof(float));
-    out.gaps = write_gaps(kept.indices, count, out.gaps);
+    out.gaps = write_gaps<Simd>(kept.indices, count, out.gaps);
     push_codes(scratch.codes, count, in.code_bits, out.codes);
     out.positions += count;
     out.originals += count;
@@ -663,7 +678,7 @@ SL_INLINE void compress_chunk(const ChunkInput& in, u32 most, const u32* maxima,
     const Quantizer quantizer = quantize(candidates.bits, in.count, most, in.code_bits, scratch.fixed);
     *out.scales = static_cast<u8>(quantizer.scale);
     *out.ratios = static_cast<u8>(quantizer.ratio);
-    if (quantizer.scale > 0) send(in, candidates, quantizer, scratch, out);
+    if (quantizer.scale > 0) send<Simd>(in, candidates, quantizer, scratch, out);
 }
 
 template <class Simd>
@@ -693,18 +708,24 @@ SL_INLINE int compress_batch(ChunkInput in, int chunks, CompressScratch& scratch
 // ---------------------------------------------------------------------------------------------------------------------
 // Merging one chunk (SPEC 7)
 
-struct Slot {
+// A sum of one position, as narrow as the sums of a chunk allow; in the first two num stands in the high bits and den in
+// the low ones.
+using Narrow = i32;
+using Packed = i64;
+struct Wide {
     i64 num;
     i64 den;
 };
 
 struct MergeScratch {
-    // One of the two is in use at a time, and all zero in between. The packed sums hold num in the high and den in the
-    // low bits of one integer, which nearly always suffices, and then all sums of a chunk stay in the first-level cache.
-    alignas(64) i64 packed[CHUNK];
-    alignas(64) Slot wide[CHUNK];
-    alignas(64) i64 num[CHUNK + LANES];
-    alignas(64) i64 den[CHUNK + LANES];
+    // One of them is in use at a time, and all zero in between.
+    alignas(64) Narrow narrow[CHUNK];
+    alignas(64) Packed packed[CHUNK];
+    alignas(64) Wide wide[CHUNK];
+    alignas(64) Narrow found_narrow[CHUNK + LANES];
+    alignas(64) Packed found_packed[CHUNK + LANES];
+    alignas(64) i64 num[CHUNK];
+    alignas(64) i64 den[CHUNK];
     alignas(64) u16 indices[CHUNK + 2 * LANES];
     alignas(64) i8 values[CHUNK + 4 * LANES];
 };
@@ -725,6 +746,7 @@ struct MergePlan {
     bool by_senders;
     i64 total_weight;
     i64 alpha_q16;
+    int weight_zeros;  // trailing zero bits that all weights and their sum have
 };
 
 struct MergeOutput {
@@ -734,18 +756,17 @@ struct MergeOutput {
     u8* values;
 };
 
-// How the sums of a chunk fit into one integer each: (num >> zeros) << den_bits, plus den.
+// How the sums of a chunk fit into one integer each: (num >> zeros) << den_bits, plus den >> weight_zeros.
 struct Packing {
-    bool fits;
+    int bits;  // that a sum takes, sign included
     int zeros;
     int den_bits;
 };
 
 // Look up what each packet adds in this chunk.
-SL_INLINE Packing prepare(Source* sources, int count, i64 chunk) {
+SL_INLINE Packing prepare(Source* sources, int count, i64 chunk, const MergePlan& plan) {
     u64 all_bits = 0;
     u64 most = 0;
-    u64 weights = 0;
     for (int r = 0; r < count; ++r) {
         Source& source = sources[r];
         const int scale = source.section.scales[chunk];
@@ -756,27 +777,38 @@ SL_INLINE Packing prepare(Source* sources, int count, i64 chunk) {
         source.low = static_cast<i64>((low * static_cast<u64>(source.clip)) >> 16) * source.weight;
         all_bits |= static_cast<u64>(source.high | source.low);
         most += static_cast<u64>(source.high);
-        weights += static_cast<u64>(source.weight);
     }
-    const int zeros = all_bits == 0 ? 0 : __builtin_ctzll(all_bits);
-    const int den_bits = bit_length(weights);
-    return {bit_length(most >> zeros) + den_bits <= 62, zeros, den_bits};
+    const int zeros = all_bits == 0 ? plan.weight_zeros : __builtin_ctzll(all_bits);
+    const int den_bits = bit_length(static_cast<u64>(plan.total_weight >> plan.weight_zeros));
+    return {1 + bit_length(most >> zeros) + den_bits, zeros, den_bits};
 }
 
-SL_INLINE void add_to(i64& sum, i64 addend) { sum += addend; }
-SL_INLINE void add_to(Slot& sum, const Slot& addend) {
+template <class Sum>
+SL_INLINE void add_to(Sum& sum, const Sum& addend) {
+    sum += addend;
+}
+SL_INLINE void add_to(Wide& sum, const Wide& addend) {
     sum.num += addend.num;
     sum.den += addend.den;
 }
 
-// Add one packet's values of a chunk; table holds what each code adds. The section has passed all checks.
+// What a packet adds for one value.
 template <class Sum>
-SL_INLINE void accumulate(Source& source, int count, int code_bits, const Sum (&table)[4], Sum* sums) {
-    const u64 mask = code_bits == 2 ? 3 : 1;
+SL_INLINE Sum addend(i64 num, i64 weight, const MergePlan& plan, Packing packing) {
+    return static_cast<Sum>((num >> packing.zeros) * (i64{1} << packing.den_bits) + (weight >> plan.weight_zeros));
+}
+template <>
+SL_INLINE Wide addend<Wide>(i64 num, i64 weight, const MergePlan&, Packing) {
+    return {num, weight};
+}
+
+// Add one packet's values of a chunk; table holds what each code adds. The section has passed all checks.
+template <int CODE_BITS, class Sum>
+SL_INLINE void accumulate(Source& source, int count, const Sum (&table)[4], Sum* sums) {
     const u8* at = source.gaps;
     int index = -1;
     while (count > 0) {
-        const int usable = static_cast<int>((64 - source.bit % 8) / code_bits);
+        const int usable = static_cast<int>((64 - source.bit % 8) / CODE_BITS);
         const int batch = std::min(count, usable);
         u64 word = bits_at(source.section.codes, source.section.end, source.bit);
         for (int i = 0; i < batch; ++i) {
@@ -786,37 +818,31 @@ SL_INLINE void accumulate(Source& source, int count, int code_bits, const Sum (&
                 byte = *at++;
             }
             index += byte + 1;
-            add_to(sums[index], table[word & mask]);
-            word >>= code_bits;
+            add_to(sums[index], table[word & ((1 << CODE_BITS) - 1)]);
+            word >>= CODE_BITS;
         }
-        source.bit += batch * code_bits;
+        source.bit += batch * CODE_BITS;
         count -= batch;
     }
     source.gaps = at;
 }
 
-SL_INLINE void add_packed(Source* sources, int count, i64 chunk, const MergePlan& plan, Packing packing, i64* sums) {
+template <class Sum>
+SL_INLINE void add_all(Source* sources, int count, i64 chunk, const MergePlan& plan, Packing packing, Sum* sums) {
     const int kept = plan.form.kept(chunk);
     for (int r = 0; r < count; ++r) {
         Source& source = sources[r];
         if (source.section.scales[chunk] == 0) continue;
-        const i64 unit = i64{1} << packing.den_bits;
-        const i64 high = (source.high >> packing.zeros) * unit;
-        const i64 low = (source.low >> packing.zeros) * unit;
-        const i64 weight = source.weight;
-        const i64 table[4] = {weight + high, weight - high, weight + low, weight - low};
-        accumulate(source, kept, plan.form.code_bits, table, sums);
-    }
-}
-
-SL_INLINE void add_wide(Source* sources, int count, i64 chunk, const MergePlan& plan, Slot* sums) {
-    const int kept = plan.form.kept(chunk);
-    for (int r = 0; r < count; ++r) {
-        Source& source = sources[r];
-        if (source.section.scales[chunk] == 0) continue;
-        const i64 weight = source.weight;
-        const Slot table[4] = {{source.high, weight}, {-source.high, weight}, {source.low, weight}, {-source.low, weight}};
-        accumulate(source, kept, plan.form.code_bits, table, sums);
+        Sum table[4];
+        for (int code = 0; code < 4; ++code) {
+            const i64 num = code & 2 ? source.low : source.high;
+            table[code] = addend<Sum>(code & 1 ? -num : num, source.weight, plan, packing);
+        }
+        if (plan.form.code_bits == 2) {
+            accumulate<2>(source, kept, table, sums);
+        } else {
+            accumulate<1>(source, kept, table, sums);
+        }
     }
 }
 
@@ -828,37 +854,57 @@ SL_INLINE int collect_wide(MergeScratch& scratch, int length) {
         scratch.den[n] = scratch.wide[i].den;
         scratch.indices[n] = static_cast<u16>(i);
         n += scratch.wide[i].den != 0;
-        scratch.wide[i] = Slot{0, 0};
+        scratch.wide[i] = Wide{0, 0};
     }
     return n;
 }
 
-SL_INLINE void unpack(MergeScratch& scratch, int n, Packing packing) {
+SL_INLINE void unpack(MergeScratch& scratch, int n, const MergePlan& plan, Packing packing) {
     const i64 den_mask = (i64{1} << packing.den_bits) - 1;
     const i64 scale = i64{1} << packing.zeros;
     for (int i = 0; i < n; ++i) {
-        const i64 sum = scratch.num[i];
-        scratch.den[i] = sum & den_mask;
+        const i64 sum = scratch.found_packed[i];
+        scratch.den[i] = (sum & den_mask) << plan.weight_zeros;
         scratch.num[i] = (sum >> packing.den_bits) * scale;
     }
 }
 
-// Divide, multiply by alpha, and return the bits of all magnitudes' maximum; num becomes a of SPEC 7.
+// Divide, multiply by alpha, and return the largest magnitude; num becomes a of SPEC 7.
 //
 // The integer division is a floating one and a correction. With n = |num| < 2^63, 1 <= d < 2^23 and n / d < 2^40 (a
 // weighted mean of values below 2^40), converting n and dividing each have a relative error of at most 2^-53, so the
 // estimate is off by less than 2^40 * 2^-51 = 2^-11 before it is truncated: t is floor(n / d) or one beside it, and
 // n - t * d, which is below 2^63 in magnitude, tells which.
-SL_INLINE i64 divide(i64* num, const i64* den, int n, bool by_senders, i64 total_weight, i64 alpha_q16) {
+SL_INLINE i64 divide(i64* num, const i64* den, int n, bool by_senders, const MergePlan& plan) {
     i64 most = 0;
     for (int i = 0; i < n; ++i) {
-        const i64 divisor = by_senders ? den[i] : total_weight;
+        const i64 divisor = by_senders ? den[i] : plan.total_weight;
         const i64 sign = num[i] >> 63;
         const i64 magnitude = (num[i] ^ sign) - sign;
         i64 quotient = static_cast<i64>(static_cast<double>(magnitude) / static_cast<double>(divisor));
         const i64 rest = magnitude - quotient * divisor;
         quotient += (rest >= divisor ? 1 : 0) - (rest < 0 ? 1 : 0);
-        const i64 step = (quotient * alpha_q16) >> 16;
+        const i64 step = (quotient * plan.alpha_q16) >> 16;
+        most = std::max(most, step);
+        num[i] = (step ^ sign) - sign;
+    }
+    return most;
+}
+
+// The same for narrow sums, where d >> weight_zeros is an integer D below 2^12, and so the quotient is that of an integer,
+// exact as a double, and D. It needs no correction: below 2^40 a double that is rounded up to an integer m was at
+// least m - 2^-13, and a fraction with denominator D that is less than m is at most m - 2^-12.
+SL_INLINE i64 divide_narrow(const Narrow* sums, i64* num, int n, bool by_senders, const MergePlan& plan, Packing packing) {
+    const Narrow den_mask = (1 << packing.den_bits) - 1;
+    const double scale = static_cast<double>(i64{1} << (packing.zeros - plan.weight_zeros));
+    const double total = static_cast<double>(plan.total_weight >> plan.weight_zeros);
+    i64 most = 0;
+    for (int i = 0; i < n; ++i) {
+        const i32 high = sums[i] >> packing.den_bits;
+        const i64 sign = high >> 31;
+        const double divisor = by_senders ? static_cast<double>(sums[i] & den_mask) : total;
+        const i64 quotient = static_cast<i64>(static_cast<double>(std::abs(high)) * scale / divisor);
+        const i64 step = (quotient * plan.alpha_q16) >> 16;
         most = std::max(most, step);
         num[i] = (step ^ sign) - sign;
     }
@@ -885,27 +931,41 @@ SL_INLINE int round_steps(const i64* steps, int n, int exponent, i8* values) {
     return n - zeros;
 }
 
+// Merge a chunk's values into scratch.num; return how many there are, and the largest magnitude.
+template <class Simd>
+SL_INLINE int merge_values(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch, i64& most) {
+    constexpr int NARROW_DEN_BITS = 12;
+    const Packing packing = prepare(sources, count, chunk, plan);
+    int n;
+    if (packing.bits <= 32 && packing.den_bits <= NARROW_DEN_BITS) {
+        add_all(sources, count, chunk, plan, packing, scratch.narrow);
+        n = Simd::collect(scratch.narrow, scratch.found_narrow, scratch.indices);
+        most = plan.by_senders ? divide_narrow(scratch.found_narrow, scratch.num, n, true, plan, packing)
+                               : divide_narrow(scratch.found_narrow, scratch.num, n, false, plan, packing);
+        return n;
+    }
+    if (packing.bits <= 64) {
+        add_all(sources, count, chunk, plan, packing, scratch.packed);
+        n = Simd::collect(scratch.packed, scratch.found_packed, scratch.indices);
+        unpack(scratch, n, plan, packing);
+    } else {
+        add_all(sources, count, chunk, plan, packing, scratch.wide);
+        n = collect_wide(scratch, plan.form.tensor.length(chunk));
+    }
+    most = plan.by_senders ? divide(scratch.num, scratch.den, n, true, plan)
+                           : divide(scratch.num, scratch.den, n, false, plan);
+    return n;
+}
+
 template <class Simd>
 SL_INLINE void merge_chunk(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch,
                            MergeOutput& out) {
-    const int length = plan.form.tensor.length(chunk);
-    const Packing packing = prepare(sources, count, chunk);
-    int n;
-    if (packing.fits) {
-        add_packed(sources, count, chunk, plan, packing, scratch.packed);
-        n = Simd::collect(scratch.packed, scratch.num, scratch.indices);
-        unpack(scratch, n, packing);
-    } else {
-        add_wide(sources, count, chunk, plan, scratch.wide);
-        n = collect_wide(scratch, length);
-    }
-    const i64 most = plan.by_senders
-                         ? divide(scratch.num, scratch.den, n, true, plan.total_weight, plan.alpha_q16)
-                         : divide(scratch.num, scratch.den, n, false, plan.total_weight, plan.alpha_q16);
+    i64 most;
+    const int n = merge_values<Simd>(sources, count, chunk, plan, scratch, most);
     out.exponent = exponent_of(static_cast<u64>(most));
     out.count = round_steps(scratch.num, n, out.exponent, scratch.values);
     if (out.count < n) Simd::drop_zeros(scratch.values, scratch.indices, n);
-    out.gaps = write_gaps(scratch.indices, out.count, out.gaps);
+    out.gaps = write_gaps<Simd>(scratch.indices, out.count, out.gaps);
     std::memcpy(out.values, scratch.values, static_cast<std::size_t>(out.count));
     out.values += out.count;
 }
@@ -973,8 +1033,18 @@ struct Portable {
         }
     }
 
+    // Write the gaps between 17 indices, of which the first stands before the pointer; false where one takes more than a byte.
+    SL_INLINE static bool write_short_gaps(const u16* indices, u8* to) {
+        int longest = 0;
+        for (int i = 0; i < GAP_RUN; ++i) longest = std::max(longest, indices[i] - indices[i - 1] - 1);
+        if (longest >= 255) return false;
+        for (int i = 0; i < GAP_RUN; ++i) to[i] = static_cast<u8>(indices[i] - indices[i - 1] - 1);
+        return true;
+    }
+
     // Take out the sums that are not 0, with their indices, and leave zeros.
-    SL_INLINE static int collect(i64* sums, i64* found, u16* indices) {
+    template <class Sum>
+    SL_INLINE static int collect(Sum* sums, Sum* found, u16* indices) {
         int n = 0;
         for (int i = 0; i < CHUNK; ++i) {
             found[n] = sums[i];
@@ -1003,6 +1073,10 @@ void merge_portable(Source* sources, int count, i64 chunk, const MergePlan& plan
     merge_chunk<Portable>(sources, count, chunk, plan, scratch, out);
 }
 
+const u8* walk_portable(const u8* at, const u8* end, int count, i64& reached) {
+    return walk_gaps(at, end, count, reached);
+}
+
 #if defined(__x86_64__)
 
 #define SL_AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt")))
@@ -1026,6 +1100,12 @@ struct LaneTable {
 constexpr LaneTable LANE_TABLE;
 
 struct Avx2 : Portable {
+    // For lanes of 16 bits the numbers of their bytes, as a shuffle wants them.
+    SL_AVX2 static inline __m128i byte_pairs(__m128i lanes) {
+        const __m128i first = _mm_slli_epi16(_mm_cvtepu8_epi16(lanes), 1);
+        return _mm_add_epi16(_mm_or_si128(first, _mm_slli_epi16(first, 8)), _mm_set1_epi16(0x0100));
+    }
+
     // Append the lanes of a vector whose magnitude is above a limit, and return their new number.
     SL_AVX2 static inline int append(__m256i bits, __m256i magnitudes, __m256i below, int i, int n, Candidates& found) {
         const int set = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(magnitudes, below)));
@@ -1108,12 +1188,53 @@ struct Avx2 : Portable {
             const int set = _mm256_movemask_ps(_mm256_castsi256_ps(large));
             const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(LANE_TABLE.lanes[set]));
             const __m256i packed = _mm256_permutevar8x32_epi32(bits, _mm256_cvtepu8_epi32(lanes));
-            const __m128i twice = _mm_slli_epi16(_mm_cvtepu8_epi16(lanes), 1);
-            const __m128i bytes = _mm_add_epi16(_mm_or_si128(twice, _mm_slli_epi16(twice, 8)), _mm_set1_epi16(0x0100));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(candidates.bits + kept), packed);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(candidates.indices + kept), _mm_shuffle_epi8(indices, bytes));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(candidates.indices + kept), _mm_shuffle_epi8(indices, byte_pairs(lanes)));
             kept += __builtin_popcount(static_cast<u32>(set));
         }
+    }
+
+    SL_AVX2 static inline bool write_short_gaps(const u16* indices, u8* to) {
+        const __m256i here = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices));
+        const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices - 1));
+        const __m256i gaps = _mm256_sub_epi16(_mm256_sub_epi16(here, before), _mm256_set1_epi16(1));
+        if (_mm256_movemask_epi8(_mm256_cmpgt_epi16(gaps, _mm256_set1_epi16(254))) != 0) return false;
+        const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(gaps), _mm256_extracti128_si256(gaps, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+        return true;
+    }
+
+    SL_AVX2 static void drop_zeros(i8* values, u16* indices, int n) {
+        int kept = 0;
+        for (int i = 0; i < n; i += 8) {
+            const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + i));
+            const __m128i places = _mm_loadu_si128(reinterpret_cast<const __m128i*>(indices + i));
+            const int present = n - i >= 8 ? 0xff : (1 << (n - i)) - 1;
+            const int set = ~_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128())) & present;
+            const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(LANE_TABLE.lanes[set]));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(values + kept), _mm_shuffle_epi8(bytes, lanes));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(indices + kept), _mm_shuffle_epi8(places, byte_pairs(lanes)));
+            kept += __builtin_popcount(static_cast<u32>(set));
+        }
+    }
+
+    using Portable::collect;
+
+    SL_AVX2 static int collect(Narrow* sums, Narrow* found, u16* indices) {
+        const __m256i zero = _mm256_setzero_si256();
+        int n = 0;
+        for (int i = 0; i < CHUNK; i += 8) {
+            const __m256i sum = _mm256_load_si256(reinterpret_cast<const __m256i*>(sums + i));
+            const int set = 0xff ^ _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(sum, zero)));
+            const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(LANE_TABLE.lanes[set]));
+            const __m256i packed = _mm256_permutevar8x32_epi32(sum, _mm256_cvtepu8_epi32(lanes));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(found + n), packed);
+            const __m128i places = _mm_add_epi16(_mm_cvtepu8_epi16(lanes), _mm_set1_epi16(static_cast<short>(i)));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(indices + n), places);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(sums + i), zero);
+            n += __builtin_popcount(static_cast<u32>(set));
+        }
+        return n;
     }
 };
 
@@ -1126,7 +1247,25 @@ SL_AVX2 void merge_avx2(Source* sources, int count, i64 chunk, const MergePlan& 
     merge_chunk<Avx2>(sources, count, chunk, plan, scratch, out);
 }
 
-struct Avx512 : Portable {
+SL_AVX2 const u8* walk_avx2(const u8* at, const u8* end, int count, i64& reached) {
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i sums = zero;
+    while (count >= 32 && end - at >= 32) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        const int full = _mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_set1_epi8(-1)));
+        const int ends = 32 - __builtin_popcount(static_cast<u32>(full));
+        sums = _mm256_add_epi64(sums, _mm256_sad_epu8(bytes, zero));
+        reached += ends;
+        count -= ends;
+        at += 32;
+    }
+    alignas(32) i64 lanes[4];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sums);
+    reached += lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    return walk_gaps(at, end, count, reached);
+}
+
+struct Avx512 : Avx2 {
     // Append the lanes of a vector in a set, and return the new number of candidates.
     SL_AVX512 static inline int append(__mmask16 set, __m512i bits, __m256i indices, int n, Candidates& found) {
         // To compress inside a register and to store all of it is faster than to store compressed.
@@ -1207,7 +1346,23 @@ struct Avx512 : Portable {
         }
     }
 
-    SL_AVX512 static int collect(i64* sums, i64* found, u16* indices) {
+    SL_AVX512 static int collect(Narrow* sums, Narrow* found, u16* indices) {
+        const __m256i step = _mm256_set1_epi16(16);
+        __m256i here = first_indices();
+        int n = 0;
+        for (int i = 0; i < CHUNK; i += 16) {
+            const __m512i sum = _mm512_load_si512(sums + i);
+            const __mmask16 set = _mm512_test_epi32_mask(sum, sum);
+            _mm512_storeu_si512(found + n, _mm512_maskz_compress_epi32(set, sum));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices + n), _mm256_maskz_compress_epi16(set, here));
+            _mm512_store_si512(sums + i, _mm512_setzero_si512());
+            n += __builtin_popcount(set);
+            here = _mm256_add_epi16(here, step);
+        }
+        return n;
+    }
+
+    SL_AVX512 static int collect(Packed* sums, Packed* found, u16* indices) {
         const __m128i step = _mm_set1_epi16(8);
         __m128i here = _mm_set_epi16(7, 6, 5, 4, 3, 2, 1, 0);
         int n = 0;
@@ -1263,13 +1418,14 @@ struct Isa {
     const char* name;
     int (*compress)(const ChunkInput&, int, CompressScratch&, ChunkOutput&);
     void (*merge)(Source*, int, i64, const MergePlan&, MergeScratch&, MergeOutput&);
+    Walk walk;
 };
 
 constexpr Isa ISAS[] = {
-    {"portable", compress_portable, merge_portable},
+    {"portable", compress_portable, merge_portable, walk_portable},
 #if defined(__x86_64__)
-    {"AVX2", compress_avx2, merge_avx2},
-    {"AVX-512", compress_avx512, merge_avx512},
+    {"AVX2", compress_avx2, merge_avx2, walk_avx2},
+    {"AVX-512", compress_avx512, merge_avx512, walk_avx2},
 #endif
 };
 
@@ -1289,6 +1445,8 @@ const Isa& isa() {
     const int wanted = isa_wanted.load(std::memory_order_relaxed);
     return ISAS[wanted < 0 ? best : wanted];
 }
+
+Walk walk_here() { return isa().walk; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Whole tensors
@@ -1566,7 +1724,7 @@ SL_EXPORT int sl_encode(const u8* scales, const i64* indices, const u8* codes, i
             inside[i] = static_cast<u16>(previous - chunk * CHUNK);
             writer.push(codes[i] & ((1u << code_bits) - 1), code_bits);
         }
-        u8* const end = write_gaps(inside, kept, to);
+        u8* const end = write_gaps<Portable>(inside, kept, to);
         blocks[chunk / BLOCK_CHUNKS] += static_cast<u32>(end - to);
         to = end;
         indices += kept;
@@ -1603,8 +1761,9 @@ SL_EXPORT int sl_merge(const u8* const* sections, const i64* lengths, const i64*
     const PacketForm form{{size}, k, code_bits};
     if (!form_is_good(form) || count < 1 || count > 1024 || alpha_q16 < 1 || alpha_q16 > 1 << 18) return MISUSE;
     try {
-        MergeJob job{{form, by_senders != 0, total_weight, alpha_q16}, {}, counts, exponents, blocks, gaps, values};
+        MergeJob job{{form, by_senders != 0, total_weight, alpha_q16, 0}, {}, counts, exponents, blocks, gaps, values};
         i64 sum = 0;
+        i64 all_weights = total_weight;
         for (int r = 0; r < count; ++r) {
             if (weights[r] < 1 || weights[r] > 4096 || clips[r] < 1 || clips[r] > 65536) return MISUSE;
             Source source{};
@@ -1612,9 +1771,11 @@ SL_EXPORT int sl_merge(const u8* const* sections, const i64* lengths, const i64*
             source.weight = weights[r];
             source.clip = clips[r];
             sum += weights[r];
+            all_weights |= weights[r];
             job.sources.push_back(source);
         }
         if (total_weight < sum || total_weight > 1024 * 4096) return MISUSE;  // a mean is below its largest value
+        job.plan.weight_zeros = __builtin_ctzll(static_cast<u64>(all_weights));
         merge_tensor(job, threads, sizes);
         return OK;
     } catch (const std::bad_alloc&) {
