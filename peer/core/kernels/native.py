@@ -104,10 +104,9 @@ class Native:
         codes = np.empty(form.value_bytes(most), np.uint8)
         positions, originals = np.empty(most, np.int64), np.empty(most, np.float32)
         sizes = np.zeros(3, np.int64)
-        status = self._library.sl_compress(
-            *_addresses(residual, outer, local), size, beta, k, code_bits, threads,
-            *_addresses(tables.heads, tables.extras, tables.blocks, gaps, codes, positions, originals, sizes),
-        )  # fmt: skip
+        inputs = _addresses(residual, outer, local)
+        outputs = _addresses(tables.heads, tables.extras, tables.blocks, gaps, codes, positions, originals, sizes)
+        status = self._library.sl_compress(*inputs, size, beta, k, code_bits, threads, *outputs)
         if status == _NOT_FINITE:
             raise ValueError("the pseudo-gradient holds NaN or infinity: training diverged; lower the learning rate")
         _raise_unless_ok(status)
@@ -126,10 +125,9 @@ class Native:
         gaps = np.empty(form.gap_bytes_max(sparse.size), np.uint8)
         packed = np.empty(form.value_bytes(len(codes)), np.uint8)
         sizes = np.zeros(2, np.int64)
-        status = self._library.sl_encode(
-            *_addresses(scales, indices, codes), len(codes), sparse.size, k, code_bits,
-            *_addresses(tables.blocks, gaps, packed, sizes),
-        )  # fmt: skip
+        inputs = _addresses(scales, indices, codes)
+        outputs = _addresses(tables.blocks, gaps, packed, sizes)
+        status = self._library.sl_encode(*inputs, len(codes), sparse.size, k, code_bits, *outputs)
         _raise_unless_ok(status)
         tables.heads, tables.extras = scales, ratios
         return tables.join(gaps[: sizes[0]], packed, with_extras=code_bits == 2)
@@ -172,12 +170,11 @@ class Native:
         gaps, values = np.empty(size, np.uint8), np.empty(size, np.uint8)
         sizes = np.zeros(2, np.int64)
         count = len(sections)
-        status = self._library.sl_merge(
-            (ctypes.c_char_p * count)(*sections),
-            (_i64 * count)(*map(len, sections)), (_i64 * count)(*weights), (_i64 * count)(*clips),
-            count, size, k, code_bits, rule == "mean_of_senders", total_weight, alpha_q16, threads,
-            *_addresses(tables.heads, tables.extras, tables.blocks, gaps, values, sizes),
-        )  # fmt: skip
+        parts, numbers = (ctypes.c_char_p * count)(*sections), _i64 * count
+        inputs = parts, numbers(*map(len, sections)), numbers(*weights), numbers(*clips), count
+        rules = size, k, code_bits, rule == "mean_of_senders", total_weight, alpha_q16
+        outputs = _addresses(tables.heads, tables.extras, tables.blocks, gaps, values, sizes)
+        status = self._library.sl_merge(*inputs, *rules, threads, *outputs)
         _raise_unless_ok(status)
         return tables.join(gaps[: sizes[1]], values[: sizes[0]], with_extras=True)
 
