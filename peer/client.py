@@ -1,7 +1,8 @@
 """The peer: finds the run, takes its parameters, trains, sends packets and applies updates until the run is complete.
 
 `ReplicaRound` decides what is done next; this program performs it: inner steps and merges in threads, bytes over the
-link. It only ever dials out, and it goes on by itself through a restart of the aggregator or a lost connection.
+link. It only ever dials out, and it goes on by itself through a restart of the aggregator or a lost connection. Its
+replica is stored before each packet is sent, so a peer that is killed goes on from there when it is started again.
 """
 
 import asyncio
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 
+from peer import keep
 from peer.bootstrap import wait_for_stop
 from peer.config import PeerConfig
 from peer.core import codec
@@ -270,7 +273,7 @@ class Client:
             self._data, self._replica, kernels = await asyncio.to_thread(build)
         except ValueError as error:
             raise UserError(UserCode.NO_CORPUS, str(error), "get what the run needs, then start again") from error
-        self._machine = ReplicaRound(self.run)
+        self._machine = await asyncio.to_thread(self._resume)
         path, _, why = kernels.partition(": ")
         log.info("kernels", path=path, why=why)
         log.info(
@@ -282,6 +285,33 @@ class Client:
             rounds=self.run.outer.rounds,
             inner_steps=self.run.inner.steps,
         )
+
+    def _resume(self) -> ReplicaRound:
+        """Go on from the replica that was stored last, if there is one."""
+        kept = keep.load(self._folder.replica_path, self._replica)
+        if kept is None:
+            return ReplicaRound(self.run)
+        record, packet = kept.record, kept.packet
+        log.info("resumed", round=record.round, packet=packet.header.digest if packet else None)
+        if packet is not None:
+            header = packet.header
+            self._packet = _Packet(header.digest, packet.wire, self._replica.sent_values)
+            # Parameters other than the record's show after the next update, and are then loaded anew.
+            return ReplicaRound(self.run, record=record, packet=(header.round, header.digest))
+        if kept.state_root != record.state_root:
+            log.warning("the stored parameters are not those of their record, so they are loaded anew")
+            return ReplicaRound(self.run)
+        return ReplicaRound(self.run, record=record)
+
+    def _store(self, wire: bytes | None) -> None:
+        """Keep the replica on the disk, with the packet that is about to be sent."""
+        record, began_s = self._machine.record, time.monotonic()
+        assert record is not None, "work starts from a record"
+        size = keep.save(self._folder.replica_path, self._replica, record, wire, self._leaving)
+        log.info("stored", round=record.round + 1, bytes=size, seconds=round(time.monotonic() - began_s, 3))
+
+    def _leaving(self) -> bool:
+        return self._stop.is_set()
 
     # The machine
 
@@ -342,6 +372,8 @@ class Client:
                 self._fail(effect, error.reason, gone=False)
             except ProtocolError as error:
                 self._fail(effect, str(error), gone=True)
+            except keep.LeavingError as error:
+                log.info("leaving", why=str(error))
 
         task = asyncio.create_task(answered())
         self._jobs.add(task)
@@ -398,7 +430,9 @@ class Client:
             packet = make_packet(
                 self.run, self._key, effect.round, record.state_root, effect.tokens, effect.steps, sections
             )
-            return _Packet(packet.header.digest, packet_to_wire(packet, self.run), self._replica.sent_values)
+            wire = packet_to_wire(packet, self.run)
+            self._store(wire)
+            return _Packet(packet.header.digest, wire, self._replica.sent_values)
 
         try:
             self._packet = await asyncio.to_thread(build)
@@ -423,16 +457,25 @@ class Client:
     def _settle(self, effect: Settle) -> None:
         """Commit what counts; put everything else back into the residual."""
         if self._packet is None:
-            try:
-                self._replica.absorb()
-            except ValueError as error:
-                log.warning("alarm", why=str(error))
+            self._absorb()
         elif effect.accepted:
             self._replica.commit()
             self._totals.accepted += 1
         else:
             self._replica.restore()
         self._packet = None
+
+    def _absorb(self) -> None:
+        """Keep what was learned in a round that closed before there was a packet."""
+        try:
+            self._replica.absorb()
+        except ValueError as error:
+            log.warning("alarm", why=str(error))
+            return
+        try:
+            self._store(None)
+        except keep.LeavingError as error:
+            log.info("leaving", why=str(error))
 
     async def _apply_update(self, record: RoundRecord) -> ReplicaEvent:
         form, size, sections = _NOTHING
@@ -480,7 +523,17 @@ class Client:
             return None
 
     async def _load_state(self, record: RoundRecord) -> ReplicaEvent:
-        """Fetch the outer parameters piece by piece, each checked against its hash and all against the root."""
+        """Take the outer parameters from our own disk, or fetch them piece by piece and check each."""
+        states = self._folder.states
+        if states.has(record.state_root):
+            flat = await asyncio.to_thread(states.load, record.state_root, self.run.layout)
+        else:
+            flat = await self._fetch_state(record)
+        root = await asyncio.to_thread(self._replica.load_outer, flat)
+        log.info("state loaded", round=record.round, state_root=root.hex())
+        return Applied(record.round, root)
+
+    async def _fetch_state(self, record: RoundRecord) -> NDArray[np.float32]:  # f32[N]
         link = self._the_link()
         size = 4 * self.run.layout.size
         count = -(-size // PIECE_BYTES)
@@ -497,9 +550,7 @@ class Client:
                 raise ProtocolError(Code.BAD_STATE, f"piece {index} of the state is not what its hash says")
             place[:] = piece
             log.info("downloading", piece=index + 1, of=count, bytes=min(size, (index + 1) * PIECE_BYTES))
-        root = await asyncio.to_thread(self._replica.load_outer, flat)
-        log.info("state loaded", round=record.round, state_root=root.hex())
-        return Applied(record.round, root)
+        return flat
 
     async def _catch_up(self, effect: CatchUp) -> ReplicaEvent:
         records = [effect.head]
@@ -524,6 +575,8 @@ class Client:
         wall_s = time.monotonic() - totals.began_s if totals.began_s is not None else 0.0
         flat = self._replica.outer_state()
         root = self._folder.states.save(flat, self.run.layout, {"run": self.run.name, "round": str(record.round)})
+        # A finished run needs nothing but its parameters.
+        keep.forget(self._folder.replica_path)
         log.info(
             "finished",
             rounds=record.round,

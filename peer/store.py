@@ -8,6 +8,7 @@ A home folder belongs to one program at a time:
     <home>/runs/<run_id>/journal.sqlite     records and packets (peer.journal)
     <home>/runs/<run_id>/blobs/             packets and updates by digest, bundles by record
     <home>/runs/<run_id>/states/            outer parameters by state root
+    <home>/runs/<run_id>/replica.safetensors  a peer's residual, moments and packet in flight (peer.keep)
 
 A file appears under its name only when it is complete and on the disk, so a power cut leaves old bytes or new bytes,
 never half of each. Whatever the operating system refuses becomes a UserError with a remedy.
@@ -18,7 +19,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -173,6 +174,11 @@ class RunFolder:
         self.states = StateStore(path / "states")
         self.journal = Journal(path / "journal.sqlite", run_id)
 
+    @property
+    def replica_path(self) -> Path:
+        """Where a peer keeps its replica (peer.keep)."""
+        return self.path / "replica.safetensors"
+
     def close(self) -> None:
         """Close the journal."""
         self.journal.close()
@@ -278,7 +284,8 @@ class StateStore:
         root = state_root(flat)
         if not self.has(root):
             with replacing(self._file(root)) as file:
-                file.write(_safetensors_header(layout, {**metadata, "state_root": root.hex()}))
+                tensors = [(tensor.name, "F32", tensor.shape, 4 * tensor.size) for tensor in layout.tensors]
+                file.write(safetensors_header(tensors, {**metadata, "state_root": root.hex()}))
                 file.write(np.ascontiguousarray(flat, dtype="<f4").data)
             # Written last: a state without its piece hashes counts as absent.
             atomic_write(self._hash_file(root), b"".join(hashes))
@@ -357,12 +364,16 @@ class StateStore:
         return self.folder / f"{root.hex()}.pieces"
 
 
-def _safetensors_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
-    """The head of a safetensors file whose data is the flat state. Padded so that the data is aligned to 8 bytes."""
+def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """The head of a safetensors file: (name, dtype, shape, bytes) of each tensor, in the order of their data.
+
+    Padded so that the data is aligned to 8 bytes.
+    """
     table: dict[str, object] = {"__metadata__": dict(metadata)}
-    for tensor, start in zip(layout.tensors, layout.offsets, strict=False):
-        span = [4 * start, 4 * (start + tensor.size)]
-        table[tensor.name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": span}
+    start = 0
+    for name, dtype, shape, size in tensors:
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + size]}
+        start += size
     text = json.dumps(table, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
