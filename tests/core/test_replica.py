@@ -1,6 +1,7 @@
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+import random
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pytest
@@ -172,6 +173,100 @@ def test_a_restart_continues_bit_for_bit(make_run: MakeRun) -> None:
     assert len(roots) == 1
     assert one.make_contribution() == other.make_contribution()
     np.testing.assert_array_equal(bits(one.residual), bits(other.residual))
+
+
+# What the record says of the packet of each round; LATE is a round that closed before there was one.
+ACCEPTED, REFUSED, NULL, LATE = "accepted", "refused", "null", "late"
+# Where a replica is lost and another one goes on from what was stored last.
+WHERE = ("stored", "sent", "settled", "applied", "trained")
+
+
+class Storing:
+    """A replica beside a ledger that is fixed from the start; it stores its state where a peer does."""
+
+    def __init__(self, run: RunConfig, verdicts: Sequence[str], crashes: frozenset[tuple[int, str]]) -> None:
+        self.run, self.verdicts, self.crashes = run, verdicts, crashes
+        self.others = [merged(run, [other_packet(run, round)]) for round in range(1, len(verdicts) + 1)]
+        self.replica = replica_of(run)
+        self.stored: dict[str, torch.Tensor] = {}
+        self.base = 0  # the round whose state the stored outer parameters are
+        self.packets: dict[int, list[bytes]] = {}
+        self.store(0)
+
+    def store(self, base: int) -> None:
+        self.stored = {name: value.clone() for name, value in self.replica.state().items()}
+        self.base = base
+
+    def crash(self, round: int, where: str) -> bool:
+        """Lose the replica here, if the test says so, and bring the next one to the state before `round`."""
+        if (round, where) not in self.crashes:
+            return False
+        self.crashes -= {(round, where)}
+        self.replica = replica_of(self.run)
+        self.replica.load_state(self.stored)
+        for missed in range(self.base + 1, round):
+            self.close(missed)
+        return True
+
+    def close(self, round: int) -> None:
+        self.settle(round)
+        self.apply(round)
+
+    def settle(self, round: int) -> None:
+        if "sent.positions" in self.replica.state():
+            (self.replica.commit if self.verdicts[round - 1] == ACCEPTED else self.replica.restore)()
+
+    def apply(self, round: int) -> None:
+        self.replica.apply(() if self.verdicts[round - 1] == NULL else self.others[round - 1])
+
+    def work(self, round: int) -> None:
+        while True:
+            train(self.replica, round, text_batches(self.run, round, 3))
+            if not self.crash(round, "trained"):
+                break
+        if self.verdicts[round - 1] == LATE:
+            self.replica.absorb()
+        else:
+            self.packets[round] = self.replica.make_contribution()
+        self.store(round - 1)
+        for where in ("stored", "sent"):
+            self.crash(round, where)
+
+    def run_through(self) -> None:
+        for round in range(1, len(self.verdicts) + 1):
+            self.work(round)
+            self.settle(round)
+            if self.crash(round, "settled"):
+                self.settle(round)
+            self.apply(round)
+            self.crash(round + 1, "applied")
+
+
+def other_packet(run: RunConfig, round: int) -> list[bytes]:
+    """What some other peer sends in this round."""
+    draw = np.random.default_rng(1000 + round)
+    residual, zero = torch.from_numpy(draw.standard_normal(run.layout.size).astype(np.float32) * 1e-3), torch.zeros(1)
+    rules, zeros = run.compression, zero.expand(run.layout.size).clone()
+    return codec.compress(residual, zeros, zeros.clone(), run.layout, 1.0, rules.k, rules.code_bits)[0]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_replica_that_was_lost_again_and_again_ends_with_the_same_bits(make_run: MakeRun, seed: int) -> None:
+    draw = random.Random(seed)
+    run = make_run()
+    verdicts = [draw.choice([ACCEPTED, ACCEPTED, REFUSED, NULL, LATE]) for _ in range(6)]
+    crashes = frozenset((draw.randrange(1, 7), draw.choice(WHERE)) for _ in range(5))
+    calm, shaken = Storing(run, verdicts, frozenset()), Storing(run, verdicts, crashes)
+    calm.run_through()
+    shaken.run_through()
+    said = f"seed {seed}: {verdicts}, lost at {sorted(crashes)}"
+    assert not {crash for crash in shaken.crashes if crash != (1, "applied")}, said
+    assert calm.packets == shaken.packets, said
+    states = calm.replica.state(), shaken.replica.state()
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert tensor.numpy().tobytes() == states[1][name].numpy().tobytes(), f"{name} differs; {said}"
+    assert int(states[0]["inner.own_steps"]) == 18
 
 
 def test_a_foreign_state_is_refused(make_run: MakeRun) -> None:
