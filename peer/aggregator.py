@@ -2,48 +2,41 @@
 
 `AggregatorRound` decides when a round closes; this program performs what it decides. Nothing is acknowledged before it
 is durable: a packet before its receipt, a record before its broadcast. After a restart the journal and the blobs give
-back the head, the parameters and the packets of the open round.
+back the head, the parameters and the packets of the open round. Which of several aggregators leads is decided in
+peer.standby; the one that does not has no `Aggregator`.
 """
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import structlog
 import torch
 from numpy.typing import NDArray
 
-from peer.bootstrap import wait_for_stop
 from peer.core import codec
-from peer.errors import UserCode, UserError
-from peer.find import DHT_TTL_S
+from peer.find import AdBook
 from peer.journal import PacketRow, RecordRow
 from peer.merge import accepted, check_contents, merge_packets
-from peer.net.directory import DirectoryError, open_directory
-from peer.net.errors import LinkError
-from peer.net.messages import ReceiptMsg, RoundClosed, RoundEvent, RoundOpened
-from peer.net.service import Server, serve
-from peer.net.tls import TlsIdentity, split_address
-from peer.operator import OperatorFolder
+from peer.net.messages import Aggregators, PacketStored, ReceiptMsg, RoundClosed, RoundOpened, WatchEvent
 from peer.replay import replay
-from peer.store import Home, RunFolder, load_key
+from peer.store import RunFolder
 from protocol.arithmetic import weight_of
 from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST, PrivateKey, merkle_root_of_hashes
-from protocol.invite import Invite
 from protocol.layout import piece_hashes, state_pieces
-from protocol.ledger import Entry, Kind, RoundRecord, Verdict, genesis_record, sign_record
+from protocol.ledger import Entry, Kind, RoundRecord, Verdict, check_record, genesis_record, sign_record
 from protocol.limits import CLIP_ONE
 from protocol.packet import PacketHeader, check_claims
-from protocol.records import Ad, DhtKind, aggregators_key, make_dht_record
 from protocol.round import (
     Accept,
     AggregatorEvent,
     AggregatorRound,
+    ArrivalHistory,
     Arrived,
     Close,
     Joined,
@@ -55,6 +48,7 @@ from protocol.round import (
     WakeAt,
 )
 from protocol.run import RunConfig, SignedRun
+from protocol.standby import next_epoch
 from protocol.update import make_update
 from protocol.wire import bundle_to_wire, packet_from_wire, packet_wire_bytes_max, update_to_wire
 
@@ -66,7 +60,12 @@ STATES_IN_MEMORY = 2
 KEEP_ROUNDS = 1000
 BLOB_BYTES_MAX = 8 << 30
 WATCH_QUEUE_MAX = 64
-RETRY_S = 10.0
+OBSERVER_QUEUE_MAX = 2048  # the packets of a whole round
+HISTORY_ROUNDS = 8
+
+
+class SupersededError(Exception):
+    """Another aggregator leads the run, so this one signs nothing more."""
 
 
 class HeldState:
@@ -80,27 +79,41 @@ class HeldState:
 
 
 class Aggregator:
-    """One run as its aggregator sees it; `serve` in peer.net calls the handler methods."""
+    """One run as the aggregator that leads it sees it; `serve` in peer.net calls the handler methods.
 
-    def __init__(self, signed: SignedRun, key: PrivateKey, folder: RunFolder) -> None:
+    It goes on in the epoch of its own newest record, or else opens the next one of its own, at least `epoch`.
+    """
+
+    standby = False
+
+    def __init__(
+        self, signed: SignedRun, key: PrivateKey, folder: RunFolder, *, book: AdBook | None = None, epoch: int = 0
+    ) -> None:
         self.run: RunConfig = signed.config
         self.submit_bytes_max = packet_wire_bytes_max(self.run)
         self.finished = asyncio.Event()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.superseded: asyncio.Future[RoundRecord] = asyncio.get_running_loop().create_future()
+        self._book = book or AdBook(signed.config.run_id)
         self._signed = signed
         self._key = key
         self._folder = folder
         self._loop = asyncio.get_running_loop()
-        self._watchers: dict[bytes, set[asyncio.Queue[RoundEvent]]] = {}
+        self._watchers: dict[bytes, set[asyncio.Queue[WatchEvent]]] = {}
+        self._observers: set[asyncio.Queue[WatchEvent]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._states: deque[HeldState] = deque(maxlen=STATES_IN_MEMORY)
         self.head = self._recover()
+        ours = self.head.aggregator == key.public
+        own_epoch = self.head.epoch if ours else next_epoch(self.run.aggregators, key.public, self.head.epoch)
+        self.epoch = max(epoch, own_epoch)
         self.round = AggregatorRound(
             self.run,
             self.head.round + 1,
             self.head.state_root,
             self._loop.time(),
+            history=self._history(),
             taken_up=self._packets_of_open_round(),
         )
         self._opened_ms = now_ms()
@@ -125,16 +138,31 @@ class Aggregator:
         self._handle(Left(peer))
         log.info("peer left", peer=peer, members=len(self.round.members))
 
-    async def watch(self, peer: bytes) -> AsyncGenerator[RoundEvent, None]:
-        """The open round, or the last record of a finished run, and then everything that happens."""
-        queue: asyncio.Queue[RoundEvent] = asyncio.Queue(WATCH_QUEUE_MAX)
+    async def shown(self, peer: bytes, record: bytes, ad: bytes) -> None:
+        """Hear of a takeover, or where another aggregator is. Raises ProtocolError when it is not signed."""
+        if record:
+            newest = RoundRecord.from_bytes(record)
+            check_record(newest, self.run)
+            self.consider(newest)
+        if ad and self._book.add_all([ad], self.run.aggregators):
+            self._broadcast(Aggregators(tuple(self._book.signed(but=self._key.public))))
+
+    def consider(self, record: RoundRecord, *, leads: bool = False) -> None:
+        """Stop for good when a record says that another aggregator took over, or that we lost some that we signed.
+
+        As long as we signed nothing in our epoch, another one that `leads` and has as many records goes on instead.
+        """
+        ours, theirs = (self.head.epoch, self.head.round), (record.epoch, record.round)
+        yields = leads and self.epoch > self.head.epoch and theirs >= ours
+        if (yields or theirs > (self.epoch, self.head.round)) and not self.superseded.done():
+            self.superseded.set_result(record)
+
+    async def watch(self, peer: bytes) -> AsyncGenerator[WatchEvent, None]:
+        """The head and the open round, if there is one, and then everything that happens."""
+        queue: asyncio.Queue[WatchEvent] = asyncio.Queue(WATCH_QUEUE_MAX)
         self._watchers.setdefault(peer, set()).add(queue)
         try:
-            # The head first: its round may have closed between this peer's welcome and its watch.
-            events: list[RoundEvent] = [self._closed_event()]
-            if not self.finished.is_set() and not self.round.closed:
-                events.append(self._opened_event())
-            for event in events:
+            for event in self._now():
                 yield event
             while True:
                 yield await queue.get()
@@ -144,15 +172,35 @@ class Aggregator:
             if not watches:
                 del self._watchers[peer]
 
-    async def submit(self, peer: bytes, digest: bytes, data: bytes | Path) -> ReceiptMsg:
-        """Check a packet, keep it durably, and answer whether it counts."""
+    async def observe(self, peer: bytes) -> AsyncGenerator[WatchEvent, None]:
+        """The same, and each packet of the open round that is stored here."""
+        queue: asyncio.Queue[WatchEvent] = asyncio.Queue(OBSERVER_QUEUE_MAX)
+        self._observers.add(queue)
+        try:
+            stored = self._folder.journal.packets(self.round.round)
+            for event in chain(self._now(), (PacketStored(row.digest) for row in stored)):
+                yield event
+            while True:
+                yield await queue.get()
+        finally:
+            self._observers.discard(queue)
+
+    async def receipt(self, peer: bytes, digest: bytes) -> ReceiptMsg | None:
+        """What is known of a packet without its bytes: it is here already, or it cannot count any more."""
         known = self._folder.journal.packet(digest)
         if known is not None and known.verdict is not None:
             return ReceiptMsg(digest, known.verdict == Verdict.ACCEPTED, known.code)
+        if self.round.holds(peer, digest):
+            return ReceiptMsg(digest, True, 0)
+        code = self.round.refusal(peer, digest)
+        return None if code is None else ReceiptMsg(digest, False, code)
+
+    async def submit(self, peer: bytes, digest: bytes, data: bytes | Path) -> ReceiptMsg:
+        """Check a packet, keep it durably, and answer whether it counts."""
+        known = await self.receipt(peer, digest)
+        if known is not None:
+            return known
         round = self.round
-        code = round.refusal(peer, digest)
-        if code is not None:
-            return ReceiptMsg(digest, False, code)
         try:
             header = await asyncio.to_thread(self._check_and_keep, peer, digest, data, round)
         except ProtocolError as error:
@@ -160,29 +208,26 @@ class Aggregator:
             if round is self.round and error.code not in (Code.LATE, Code.WRONG_DIGEST, Code.NOT_A_MEMBER):
                 self._handle(Refused(peer, digest, error.code))
             return ReceiptMsg(digest, False, error.code)
+        if self.superseded.done():
+            raise ProtocolError(Code.BUSY, "another aggregator leads the run now")
         if round is not self.round:
             return ReceiptMsg(digest, False, Code.LATE)
         receipt = self._handle(Arrived(peer, digest, header.tokens, header.inner_steps)).get(digest)
         assert receipt is not None, "the machine answers every packet"
+        if receipt.accepted:
+            _tell(self._observers, PacketStored(digest))
         log.info("packet", peer=peer, round=round.round, accepted=receipt.accepted, code=receipt.code)
         return receipt
 
     async def blob(self, kind: str, digest: bytes) -> bytes | Path | None:
         """Whatever a peer may fetch by its digest; None when it is not here."""
-        if kind == "run":
-            return self._signed.to_bytes() if digest == self.run.run_id else None
-        if kind == "record":
-            row = self._folder.journal.record_by_digest(digest)
-            return None if row is None else row.data
-        if kind in ("packet", "update", "bundle"):
-            return self._folder.blobs.path(kind, digest.hex())
-        if kind == "state":
-            held = next((state for state in self._states if state.root == digest), None)
-            return b"".join(held.hashes) if held else self._folder.states.hashes(digest)
-        if kind == "piece":
-            piece = next((state.pieces[digest] for state in self._states if digest in state.pieces), None)
-            return bytes(piece) if piece is not None else self._folder.states.piece(digest)
-        return None
+        held = next((state for state in self._states if state.root == digest), None)
+        if kind == "state" and held is not None:
+            return b"".join(held.hashes)
+        piece = next((state.pieces[digest] for state in self._states if digest in state.pieces), None)
+        if kind == "piece" and piece is not None:
+            return bytes(piece)
+        return stored_blob(self._signed, self._folder, kind, digest)
 
     async def close(self) -> None:
         """Stop timers and let a merge under way finish."""
@@ -196,6 +241,8 @@ class Aggregator:
     def _handle(self, event: AggregatorEvent) -> dict[bytes, ReceiptMsg]:
         """Feed one event, perform the effects and return the receipts among them by packet digest."""
         receipts: dict[bytes, ReceiptMsg] = {}
+        if self.superseded.done():
+            return receipts
         for effect in self.round.handle(event, self._loop.time()):
             match effect:
                 case Accept():
@@ -219,7 +266,7 @@ class Aggregator:
     def _closed_task(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         error = task.exception()
-        if error is not None and not self.failed.done():
+        if error is not None and not isinstance(error, SupersededError) and not self.failed.done():
             self.failed.set_exception(error)
 
     async def _close_round(self, close: Close) -> None:
@@ -247,6 +294,17 @@ class Aggregator:
         self._broadcast(self._opened_event())
         self._handle(Tick())
 
+    def _now(self) -> list[WatchEvent]:
+        """Where other aggregators are, the head (its round may have closed since the welcome), and the open round."""
+        events: list[WatchEvent] = []
+        ads = tuple(self._book.signed(but=self._key.public))
+        if ads:
+            events.append(Aggregators(ads))
+        events.append(self._closed_event())
+        if not self.finished.is_set() and not self.round.closed:
+            events.append(self._opened_event())
+        return events
+
     def _opened_event(self) -> RoundOpened:
         left_s = max(0.0, self.round.deadline_at_s - self._loop.time())
         return RoundOpened(self.round.round, self.round.base_root, self.run.inner.steps, left_s)
@@ -256,13 +314,8 @@ class Aggregator:
         update_bytes = blobs.size("update", head.update_digest.hex())
         return RoundClosed(head.to_bytes(), update_bytes, blobs.size("bundle", head.digest.hex()))
 
-    def _broadcast(self, event: RoundEvent) -> None:
-        for queues in self._watchers.values():
-            for queue in queues:
-                # A watcher that has not read 64 events is stuck; it learns the head when it reads on or rejoins.
-                if queue.full():
-                    queue.get_nowait()
-                queue.put_nowait(event)
+    def _broadcast(self, event: WatchEvent) -> None:
+        _tell(chain(self._observers, *self._watchers.values()), event)
 
     # Work in a thread
 
@@ -289,11 +342,13 @@ class Aggregator:
         entries = tuple(self._entry(submission) for submission in close.submissions)
         if close.kind == Kind.APPLIED:
             state, update_digest = self._merge(accepted(entries))
+        if self.superseded.done():
+            raise SupersededError
         record = sign_record(
             RoundRecord(
                 run_id=self.run.run_id,
                 round=self.round.round,
-                epoch=0,
+                epoch=self.epoch,
                 previous=self.head.digest,
                 kind=close.kind,
                 reason=close.reason,
@@ -305,10 +360,10 @@ class Aggregator:
             ),
             self._key,
         )
-        snapshot = record.round % SNAPSHOT_ROUNDS == 0 or record.round >= self.run.outer.rounds
+        snapshot = is_snapshot_round(self.run, record.round)
         if snapshot:
-            self._snapshot(state.flat, record.round)
-        self._append(record)
+            save_snapshot(self._folder, self.run, state.flat, record.round)
+        append_record(self._folder, record)
         if record.kind == Kind.APPLIED:
             self._choose_form(record)
         if snapshot:
@@ -370,18 +425,6 @@ class Aggregator:
             CLIP_ONE if accepted else 0,
         )
 
-    def _append(self, record: RoundRecord) -> None:
-        row = RecordRow(record.round, record.digest, record.state_root, record.update_digest, record.to_bytes())
-        verdicts = {entry.packet_digest: (int(entry.verdict), entry.code) for entry in record.entries}
-        self._folder.journal.close_round(row, verdicts)
-
-    def _snapshot(self, flat: NDArray[np.float32], round: int) -> None:  # flat: f32[N]
-        states, journal = self._folder.states, self._folder.journal
-        root = states.save(flat, self.run.layout, {"run": self.run.name, "round": str(round)})
-        first = max(0, round - SNAPSHOT_ROUNDS * SNAPSHOTS_KEPT)
-        recent = {row.state_root for row in journal.records(first, round)}
-        states.keep({self.run.genesis_root, root, *recent})
-
     # After a restart
 
     def _recover(self) -> RoundRecord:
@@ -391,13 +434,9 @@ class Aggregator:
         if row is None:
             self._states.append(HeldState(states.load(self.run.genesis_root, self.run.layout)))
             record = genesis_record(self.run, self._key, now_ms())
-            self._append(record)
+            append_record(self._folder, record)
             return record
-        start = row.round
-        while not states.has(journal.records(start, start)[0].state_root):
-            start -= 1
-        _, flat = deque(replay(self._folder, self.run, start, row.round), maxlen=1).pop()
-        self._states.append(HeldState(flat))
+        self._states.append(HeldState(stored_state(self._folder, self.run, row.round)))
         log.info("continuing", round=row.round, state_root=row.state_root.hex())
         return RoundRecord.from_bytes(row.data)
 
@@ -406,91 +445,73 @@ class Aggregator:
         rows = self._folder.journal.packets(self.head.round + 1)
         return [Arrived(row.peer, row.digest, row.tokens, row.inner_steps) for row in rows]
 
+    def _history(self) -> ArrivalHistory:
+        """When the packets of the last rounds came."""
+        history = ArrivalHistory()
+        for row in self._folder.journal.records(max(1, self.head.round - HISTORY_ROUNDS + 1), self.head.round):
+            opened_ms = RoundRecord.from_bytes(row.data).opened_ms
+            packets = self._folder.journal.packets(row.round)
+            counted_ms = [packet.arrived_ms for packet in packets if packet.verdict == Verdict.ACCEPTED]
+            history = history.add([max(0, arrived_ms - opened_ms) / 1000 for arrived_ms in counted_ms])
+        return history
+
+
+def _tell(queues: Iterable[asyncio.Queue[WatchEvent]], event: WatchEvent) -> None:
+    for queue in queues:
+        # A watcher that has not read so many events is stuck; it learns the head when it reads on or rejoins.
+        if queue.full():
+            queue.get_nowait()
+        queue.put_nowait(event)
+
+
+def stored_blob(signed: SignedRun, folder: RunFolder, kind: str, digest: bytes) -> bytes | Path | None:
+    """What the disk has of this kind under this digest, or None."""
+    match kind:
+        case "run":
+            return signed.to_bytes() if digest == signed.config.run_id else None
+        case "record":
+            row = folder.journal.record_by_digest(digest)
+            return None if row is None else row.data
+        case "packet" | "update" | "bundle":
+            return folder.blobs.path(kind, digest.hex())
+        case "state":
+            return folder.states.hashes(digest)
+        case "piece":
+            return folder.states.piece(digest)
+        case _:
+            return None
+
+
+def append_record(folder: RunFolder, record: RoundRecord) -> None:
+    """Close a round in the journal."""
+    row = RecordRow(record.round, record.digest, record.state_root, record.update_digest, record.to_bytes())
+    verdicts = {entry.packet_digest: (int(entry.verdict), entry.code) for entry in record.entries}
+    folder.journal.close_round(row, verdicts)
+
+
+def is_snapshot_round(run: RunConfig, round: int) -> bool:
+    """Whether the state after this round is kept."""
+    return round % SNAPSHOT_ROUNDS == 0 or round >= run.outer.rounds
+
+
+def save_snapshot(folder: RunFolder, run: RunConfig, flat: NDArray[np.float32], round: int) -> None:  # flat: f32[N]
+    """Keep the state after a round, whose record comes next, and forget the oldest one."""
+    states, journal = folder.states, folder.journal
+    root = states.save(flat, run.layout, {"run": run.name, "round": str(round)})
+    first = max(0, round - SNAPSHOT_ROUNDS * SNAPSHOTS_KEPT)
+    recent = {row.state_root for row in journal.records(first, round)}
+    states.keep({run.genesis_root, root, *recent})
+
+
+def stored_state(folder: RunFolder, run: RunConfig, round: int) -> NDArray[np.float32]:  # f32[N]
+    """The state after a round, from the newest stored one before it and the updates since."""
+    start = round
+    while not folder.states.has(folder.journal.records(start, start)[0].state_root):
+        start -= 1
+    _, flat = deque(replay(folder, run, start, round), maxlen=1).pop()
+    return flat
+
 
 def now_ms() -> int:
     """The wall clock, in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
-
-
-async def aggregate(
-    folder: OperatorFolder, stop: asyncio.Event, *, listen: str | None = None, plaintext: bool = False
-) -> None:
-    """Run the aggregator of a run folder until `stop`. Raises UserError."""
-    signed, invite = folder.load()
-    home = Home(folder.aggregator_home)
-    everywhere = "127.0.0.1" if plaintext else "0.0.0.0"  # noqa: S104 - volunteers come from anywhere
-    try:
-        host, port = split_address(listen or f"{everywhere}:{split_address(invite.addresses[0])[1]}")
-    except LinkError as error:
-        raise UserError(UserCode.BAD_ARGUMENT, error.reason, "write --listen HOST:PORT") from error
-    with home.lock():
-        key = load_key(home.key_path)
-        store = home.run(signed.config.run_id)
-        program = Aggregator(signed, key, store)
-        server = await _serve(program, home, host, port, key, None if plaintext else folder.tls())
-        path, _, why = codec.kernels_in_use(torch.device("cpu")).partition(": ")
-        log.info("kernels", path=path, why=why)
-        log.info("aggregator ready", run=signed.config.name, port=server.port, round=program.head.round)
-        advert = asyncio.create_task(_advertise(program, invite, key, stop))
-        stopped = asyncio.create_task(stop.wait())
-        try:
-            waiting: set[asyncio.Future[Any]] = {stopped, program.failed, advert}
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if program.failed.done():
-                program.failed.result()
-        finally:
-            stop.set()
-            stopped.cancel()
-            await server.close()
-            await program.close()
-            await asyncio.gather(advert, return_exceptions=True)
-            log.info("aggregator left", round=program.head.round, state_root=program.head.state_root.hex())
-            store.close()
-
-
-async def _serve(
-    program: Aggregator, home: Home, host: str, port: int, key: PrivateKey, tls: TlsIdentity | None
-) -> Server:
-    try:
-        return await serve(
-            program, host=host, port=port, key=key, run_id=program.run.run_id, tls=tls, spool=home.path / "spool"
-        )
-    except OSError as error:
-        raise UserError(
-            UserCode.PORT_IN_USE,
-            f"cannot listen on {host}:{port} ({error})",
-            "stop the program that uses this port, or name another with --listen HOST:PORT",
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            UserCode.BAD_ARGUMENT, str(error), "listen on 127.0.0.1, or leave --plaintext-local away"
-        ) from error
-
-
-async def _advertise(program: Aggregator, invite: Invite, key: PrivateKey, stop: asyncio.Event) -> None:
-    """Keep our signed address and the head of the ledger in the directory; the run goes on without it."""
-    directory = await open_directory(
-        identity=None,
-        run_ids=[program.run.run_id],
-        aggregators={program.run.run_id: frozenset(program.run.aggregators)},
-        bootstraps=invite.bootstraps,
-        listen=None,
-        notice=lambda text: log.warning("directory", notice=text),
-    )
-    log.info("directory", kind=directory.kind, why=directory.reason)
-    dht_key = aggregators_key(program.run.run_id)
-    try:
-        while not stop.is_set():
-            wait_s = DHT_TTL_S / 3
-            expires_s = int(time.time()) + DHT_TTL_S
-            ad = Ad(invite.addresses, invite.certificate_sha256, program.head.round, program.head.digest).to_payload()
-            value = make_dht_record(key, dht_key, DhtKind.AGGREGATOR, ad, expires_s)
-            try:
-                await directory.publish(dht_key, key.public, value, expires_s)
-                log.info("advertised", kind=directory.kind, addresses=list(invite.addresses))
-            except DirectoryError as error:
-                log.warning("not advertised", why=str(error))
-                wait_s = RETRY_S
-            await wait_for_stop(stop, wait_s)
-    finally:
-        await directory.close()

@@ -72,16 +72,29 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--host", default="127.0.0.1", help="name or address under which others reach the aggregator")
     new.add_argument("--port", type=int, default=7700, help="TCP port of the aggregator")
     new.add_argument("--bootstrap-port", type=int, default=7701, help="TCP port of the bootstrap node")
+    new.add_argument(
+        "--standby",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="name a further aggregator and where it will be reached; may be given several times. Each gets a folder"
+        " OUT/standby-N with its own key: copy it to its machine and start `aggregate` there",
+    )
     new.set_defaults(command=_run_new)
 
     bootstrap = commands.add_parser("bootstrap", help="serve the directory in which the swarm finds itself")
     bootstrap.add_argument("folder", type=Path, help="the folder that `run new` made")
     bootstrap.set_defaults(command=_bootstrap)
 
-    aggregate = commands.add_parser("aggregate", help="merge the packets of a run")
-    aggregate.add_argument("folder", type=Path, help="the folder that `run new` made")
-    aggregate.add_argument("--listen", metavar="HOST:PORT", help="where to listen (default 0.0.0.0 and the run's port)")
-    aggregate.set_defaults(command=_aggregate)
+    aggregate = commands.add_parser("aggregate", help="merge the packets of a run, or stand by to do so")
+    _add_aggregate(aggregate)
+
+    mirror = commands.add_parser(
+        "mirror", help="keep a complete copy of a run, each round checked, without taking part: for audits and backups"
+    )
+    mirror.add_argument("invite", help="the word that starts with slp1, or a file that holds it")
+    mirror.add_argument("--home", type=Path, required=True, help="folder of the copy")
+    mirror.set_defaults(command=_mirror)
 
     demo = commands.add_parser("demo", help="watch a whole swarm train on this machine")
     demo.add_argument("--out", type=Path, help="run folder to make (default runs/demo-DATE-TIME)")
@@ -95,13 +108,38 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--run", type=Path, help="run.bin of the run, to decode packets and updates in full")
     inspect.set_defaults(command=_inspect)
 
-    for command in (join, bootstrap, aggregate):
+    for command in (join, bootstrap, aggregate, mirror):
         command.add_argument("--json", action="store_true", help="also write each event to stdout as a JSON line")
-    for command in (join, aggregate):
+    for command in (join, aggregate, mirror):
         command.add_argument(
             "--plaintext-local", action="store_true", help="no TLS; works on the loopback interface only"
         )
     return parser
+
+
+def _add_aggregate(aggregate: argparse.ArgumentParser) -> None:
+    aggregate.add_argument("folder", type=Path, help="the folder that `run new` made, or a standby's folder in it")
+    aggregate.add_argument("--listen", metavar="HOST:PORT", help="where to listen (default 0.0.0.0 and the run's port)")
+    aggregate.add_argument(
+        "--standby",
+        action="store_true",
+        help="say that another aggregator leads: this one follows it, keeps a complete copy of the run, and takes over"
+        " when it is silent. An aggregator in whose ledger another one signed last does so anyway",
+    )
+    aggregate.add_argument(
+        "--lease",
+        type=float,
+        metavar="SECONDS",
+        help="how long the leading aggregator may be silent before a standby takes over (default: the length of a"
+        " round, within 10 to 60)",
+    )
+    aggregate.add_argument(
+        "--take-over",
+        action="store_true",
+        help="lead from the newest record of this folder, though another aggregator led last. What only that one"
+        " recorded is lost to the run, so do this only when it will not come back",
+    )
+    aggregate.set_defaults(command=_aggregate)
 
 
 def until_stopped(program: Callable[[asyncio.Event], Coroutine[None, None, None]]) -> int:
@@ -180,11 +218,15 @@ def _invite_text(argument: str) -> str:
 def _run_new(arguments: argparse.Namespace) -> int:
     from peer.operator import RunPlace, new_run, read_settings
 
-    place = RunPlace(arguments.host, arguments.port, arguments.bootstrap_port)
+    place = RunPlace(arguments.host, arguments.port, arguments.bootstrap_port, tuple(arguments.standby))
     invite = new_run(read_settings(arguments.settings), arguments.out, place)
     out = arguments.out
     print(f"The run is in {out}. Start it, each in a shell of its own:\n", file=sys.stderr)
-    print(f"  sparseloco-peer bootstrap {out}\n  sparseloco-peer aggregate {out}\n", file=sys.stderr)
+    print(f"  sparseloco-peer bootstrap {out}\n  sparseloco-peer aggregate {out}", file=sys.stderr)
+    for number in range(1, len(place.standbys) + 1):
+        folder = out / f"standby-{number}"
+        print(f"  sparseloco-peer aggregate {folder} --standby   (on its own machine: copy {folder})", file=sys.stderr)
+    print(file=sys.stderr)
     print("and give this invite to everybody who should join (sparseloco-peer join INVITE):\n", file=sys.stderr)
     print(invite.to_text())
     return 0
@@ -201,15 +243,26 @@ def _bootstrap(arguments: argparse.Namespace) -> int:
 
 
 def _aggregate(arguments: argparse.Namespace) -> int:
-    from peer.aggregator import aggregate
     from peer.operator import OperatorFolder
+    from peer.standby import Options, aggregate
 
+    options = Options(
+        arguments.listen, arguments.plaintext_local, arguments.standby, arguments.take_over, arguments.lease
+    )
     folder = OperatorFolder(arguments.folder)
     folder.load()
     with Telemetry("aggregator", file=folder.aggregator_home / "log.jsonl", json_stdout=arguments.json):
-        return until_stopped(
-            lambda stop: aggregate(folder, stop, listen=arguments.listen, plaintext=arguments.plaintext_local)
-        )
+        return until_stopped(lambda stop: aggregate(folder, stop, options))
+
+
+def _mirror(arguments: argparse.Namespace) -> int:
+    from peer.follow import mirror
+    from peer.store import Home
+    from protocol.invite import Invite
+
+    invite, home = Invite.from_text(_invite_text(arguments.invite)), Home(arguments.home)
+    with home.lock(), Telemetry("mirror", file=home.log_path, json_stdout=arguments.json):
+        return until_stopped(lambda stop: mirror(invite, home, stop, plaintext=arguments.plaintext_local))
 
 
 def _demo(arguments: argparse.Namespace) -> int:

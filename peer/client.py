@@ -183,22 +183,8 @@ class Client:
             wait_s = min(2 * wait_s, BACKOFF_S_MAX)
 
     async def _open_link(self, finder: Finder) -> Link:
-        """Try every address that the directory and the invite name. Raises LinkError or ProtocolError."""
-        failure: LinkError | None = None
-        for place in await finder.places():
-            try:
-                return await Link.open(
-                    place.address,
-                    run_id=self._invite.run_id,
-                    key=self._key,
-                    expect_aggregators=place.aggregators,
-                    certificate_sha256=None if self._plaintext else place.certificate_sha256,
-                    plaintext=self._plaintext,
-                )
-            except LinkError as error:
-                failure = error
-        assert failure is not None, "an invite names at least one address"
-        raise failure
+        """Join an aggregator, wherever the finder finds one. Raises LinkError or ProtocolError."""
+        return await finder.connect(self._key, plaintext=self._plaintext)
 
     async def _keep_link(self, link: Link, finder: Finder) -> None:
         """Feed the machine from the link, and make a new one whenever it breaks."""

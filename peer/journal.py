@@ -154,6 +154,12 @@ class Journal:
                 [(verdict, code, digest) for digest, (verdict, code) in verdicts.items()],
             )
 
+    def rewind(self, round_number: int) -> None:
+        """Forget the records after this round, for they lie on a branch that was given up, and what they decided."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM records WHERE round > ?", (round_number,))
+            connection.execute("UPDATE packets SET verdict = NULL, code = 0 WHERE round > ?", (round_number,))
+
     def head(self) -> RecordRow | None:
         """The last record, or None before the first."""
         row = self._one("SELECT * FROM records ORDER BY round DESC LIMIT 1", ())

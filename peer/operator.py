@@ -7,20 +7,33 @@ A run folder holds
     operator.key   signs this run and its later changes; keep it off the servers
     aggregator/    the home of `aggregate`: its key, its certificate and the initial parameters
     bootstrap/     the home of `bootstrap`: its key
+    standby-1/     a run folder of its own for another aggregator: copy it to the machine that stands by
+
+A standby's folder holds run.bin, an aggregator/ with its own key, and an invite.txt that names this standby.
 """
 
 import dataclasses
+import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from peer.errors import UserCode, UserError, os_errors
+from peer.find import DHT_TTL_S, remember_ads, sign_ad
+from peer.journal import RecordRow
 from peer.net.directory import bootstrap_multiaddr
 from peer.net.tls import TlsIdentity, make_tls_identity
 from peer.store import Home, atomic_write, load_or_make_key
 from protocol.errors import ProtocolError
+from protocol.identity import PrivateKey
 from protocol.invite import Invite, check_address
 from protocol.layout import state_root
-from protocol.run import RunConfig, RunSettings, SignedRun, parse_settings, sign_run
+from protocol.ledger import RoundRecord, genesis_record
+from protocol.records import Ad
+from protocol.run import AGGREGATORS_MAX, RunConfig, RunSettings, SignedRun, parse_settings, sign_run
 
 
 @dataclass(frozen=True)
@@ -30,16 +43,21 @@ class RunPlace:
     host: str
     port: int
     bootstrap_port: int
+    standbys: tuple[str, ...] = ()
+    """Addresses of further aggregators, "host:port"."""
 
     def __post_init__(self) -> None:
         """Raise UserError BAD_ARGUMENT unless an invite can name these places."""
         try:
-            for port in (self.port, self.bootstrap_port):
-                check_address(f"{self.host}:{port}")
+            for address in (f"{self.host}:{self.port}", f"{self.host}:{self.bootstrap_port}", *self.standbys):
+                check_address(address)
         except ValueError as error:
             raise UserError(
                 UserCode.BAD_ARGUMENT, str(error), "give --host a name or an address, and each port from 1 to 65535"
             ) from error
+        if len(self.standbys) >= AGGREGATORS_MAX:
+            most = AGGREGATORS_MAX - 1
+            raise UserError(UserCode.BAD_ARGUMENT, "a run has at most 64 aggregators", f"name at most {most} standbys")
 
 
 class OperatorFolder:
@@ -111,7 +129,8 @@ def new_run(settings: RunSettings, out: Path, place: RunPlace) -> Invite:
     if (out / "run.bin").exists():
         raise UserError(UserCode.BAD_ARGUMENT, f"{out} already holds a run", "name another folder with --out")
     operator = load_or_make_key(out / "operator.key")
-    aggregator = load_or_make_key(folder.aggregator_home / "key")
+    standbys = [OperatorFolder(out / f"standby-{number}") for number in range(1, len(place.standbys) + 1)]
+    keys = [load_or_make_key(each.aggregator_home / "key") for each in (folder, *standbys)]
     bootstrap = load_or_make_key(folder.bootstrap_home / "key")
     home = Home(folder.aggregator_home)
     try:
@@ -125,22 +144,41 @@ def new_run(settings: RunSettings, out: Path, place: RunPlace) -> Invite:
     config = RunConfig.of(
         dataclasses.replace(settings, data=data),
         operator=operator.public,
-        aggregators=(aggregator.public,),
+        aggregators=tuple(sorted(key.public for key in keys)),
         layout=layout,
         genesis_root=state_root(flat),
     )
     signed = sign_run(config, operator)
-    run_folder = home.run(config.run_id)
-    run_folder.states.save(flat, layout, {"run": config.name, "round": "0"})
-    run_folder.close()
-    invite = Invite(
-        config.run_id,
-        aggregator.public,
-        folder.tls().fingerprint,
-        (f"{place.host}:{place.port}",),
-        (bootstrap_multiaddr(bootstrap.public, place.host, place.bootstrap_port),),
-    )
-    atomic_write(folder.invite_path, invite.to_text().encode("ascii") + b"\n")
+    bootstraps = (bootstrap_multiaddr(bootstrap.public, place.host, place.bootstrap_port),)
+    addresses = (f"{place.host}:{place.port}", *place.standbys)
+    invites = [
+        Invite(config.run_id, key.public, each.tls().fingerprint, (address,), bootstraps)
+        for each, key, address in zip((folder, *standbys), keys, addresses, strict=True)
+    ]
+    genesis = genesis_record(config, keys[0], time.time_ns() // 1_000_000)
+    ads = [_ad_of(invite, key, genesis) for invite, key in zip(invites, keys, strict=True)]
+    for each, invite in zip((folder, *standbys), invites, strict=True):
+        _fill(each, signed, genesis, flat, ads)
+        atomic_write(each.invite_path, invite.to_text().encode("ascii") + b"\n")
     # Written last: a folder with run.bin is complete.
-    atomic_write(out / "run.bin", signed.to_bytes())
-    return invite
+    for each in (*standbys, folder):
+        atomic_write(each.path / "run.bin", signed.to_bytes())
+    return invites[0]
+
+
+def _ad_of(invite: Invite, key: PrivateKey, genesis: RoundRecord) -> bytes:
+    """Where this aggregator will be; it expires long before it is of no use, and is then replaced by newer ones."""
+    ad = Ad(invite.addresses, invite.certificate_sha256, genesis.round, genesis.digest)
+    return sign_ad(invite.run_id, key, ad, genesis.closed_ms // 1000 + DHT_TTL_S)
+
+
+def _fill(
+    folder: OperatorFolder, signed: SignedRun, genesis: RoundRecord, flat: NDArray[np.float32], ads: list[bytes]
+) -> None:  # flat: f32[N]
+    """Give an aggregator what it begins with: the ledger's first record, its state, and where the others are."""
+    home, config = Home(folder.aggregator_home), signed.config
+    with closing(home.run(config.run_id)) as store:
+        store.states.save(flat, config.layout, {"run": config.name, "round": "0"})
+        row = RecordRow(0, genesis.digest, genesis.state_root, genesis.update_digest, genesis.to_bytes())
+        store.journal.close_round(row, {})
+    remember_ads(home, signed, ads)

@@ -205,6 +205,11 @@ class AggregatorRound:
             return None if held.digest == digest else Code.DUPLICATE
         return Code.LATE if self.closed else None
 
+    def holds(self, peer: bytes, digest: bytes) -> bool:
+        """Whether this packet counts already."""
+        held = self._accepted.get(peer)
+        return held is not None and held.digest == digest
+
     def handle(self, event: AggregatorEvent, now_s: float) -> tuple[AggregatorEffect, ...]:
         """Take in one event; return what is to be done, in this order."""
         effects: list[AggregatorEffect] = []
@@ -504,6 +509,7 @@ class _Work:
     digest: bytes | None = None
     sending: bool = False
     answered: bool = False
+    delivered: bool = False  # an answer came, from this aggregator or an earlier one
     late: bool = True  # as far as we know, until a receipt says otherwise
 
 
@@ -546,9 +552,7 @@ class ReplicaRound:
         effects: list[ReplicaEffect] = []
         match event:
             case Connected():
-                self._connected = True
-                self._opened = None
-                self._retry_at_s = self._resend_at_s = now_s
+                self._connect(now_s)
                 self._take_record(event.head, effects)
             case Lost():
                 self._connected = False
@@ -578,6 +582,14 @@ class ReplicaRound:
         return tuple(effects)
 
     # ------------------------------------------------ what the events mean
+
+    def _connect(self, now_s: float) -> None:
+        self._connected = True
+        self._opened = None
+        self._retry_at_s = self._resend_at_s = now_s
+        if self._work is not None:
+            # Another aggregator, or one that lost its disk, may not have the packet that had a receipt.
+            self._work.answered = False
 
     def _open(self, event: Opened, now_s: float) -> None:
         """Note the round. What it says is bounded, because it is not signed."""
@@ -657,7 +669,9 @@ class ReplicaRound:
             return
         work.answered = True
         work.late = event.code == Code.LATE
-        self._pace.delivered(now_s)
+        if not work.delivered:
+            work.delivered = True
+            self._pace.delivered(now_s)
 
     def _applied(self, event: Applied, now_s: float, effects: list[ReplicaEffect]) -> None:
         job = self._job
@@ -760,7 +774,7 @@ class ReplicaRound:
         record = next((item for item in self._queue if item.round == work.round), None)
         accepted = record is not None and work.digest is not None and record.accepted(work.digest)
         effects.append(Settle(work.round, accepted))
-        if work.sending:
+        if work.sending and not work.delivered:
             self._pace.delivered(now_s)
         if accepted:
             self._pace.made()

@@ -4,6 +4,7 @@ import asyncio
 import os
 import ssl
 from collections.abc import AsyncGenerator, Callable, Collection
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,16 +13,22 @@ import grpc.aio
 
 from peer.net.errors import LinkError, LinkFailure, from_rpc
 from peer.net.messages import (
+    AD_BYTES_MAX,
+    ADS_MAX,
     DIGEST_BYTES,
     MESSAGE_BYTES_MAX,
     NO_CERTIFICATE,
     NONCE_BYTES,
     SERVICE,
     SESSION_BYTES,
+    Aggregators,
+    Heartbeat,
+    PacketStored,
     ReceiptMsg,
     RoundClosed,
     RoundEvent,
     RoundOpened,
+    WatchEvent,
     transcript,
 )
 from peer.net.pb import swarm_pb2 as pb
@@ -43,7 +50,9 @@ class Link:
         self.address = address
         self.certificate_sha256 = certificate_sha256
         self.aggregator = b""
-        self.head_record = b""
+        self.head_record = b""  # the newest that it sent, not checked
+        self.standby = False
+        self.ads: tuple[bytes, ...] = ()  # of other aggregators, not checked
         self._session = b""
         self._silence_s = 0.0
         self._closed = False
@@ -123,6 +132,7 @@ class Link:
         if len(welcome.session) != SESSION_BYTES or len(welcome.head_record) > RECORD_BYTES_MAX:
             raise ProtocolError(Code.BAD_MESSAGE, "the welcome is malformed")
         self.aggregator, self._session, self.head_record = challenge.aggregator, welcome.session, welcome.head_record
+        self.standby = welcome.standby
 
     async def _status_error(self, call: Any) -> LinkError | ProtocolError:
         error = grpc.aio.AioRpcError(
@@ -131,10 +141,33 @@ class Link:
         return from_rpc(error, self.address)
 
     async def watch(self) -> AsyncGenerator[RoundEvent, None]:
-        """Rounds as they open and close. Ends when the aggregator has nothing more to say."""
+        """Take part: rounds as they open and close. Ends when the aggregator has nothing more to say."""
+        async with aclosing(self._watch(pb.WatchRequest(session=self._session))) as events:
+            async for event in events:
+                if isinstance(event, RoundOpened | RoundClosed):
+                    yield event
+
+    async def observe(
+        self, head_record: bytes = b"", ad: bytes = b""
+    ) -> AsyncGenerator[RoundEvent | PacketStored | Heartbeat, None]:
+        """Look on: rounds, packets and signs of life. Shows the newest record that we know, and where we serve."""
+        request = pb.WatchRequest(session=self._session, observer=True, head_record=head_record, ad=ad)
+        async with aclosing(self._watch(request)) as events:
+            async for event in events:
+                if not isinstance(event, Aggregators):
+                    yield event
+
+    async def show(self, head_record: bytes, timeout_s: float) -> None:
+        """Show the aggregator a record that it may not know; what it makes of it is its own affair."""
+        with suppress(LinkError, ProtocolError, TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                async with aclosing(self.observe(head_record)) as events:
+                    await anext(events)
+
+    async def _watch(self, request: pb.WatchRequest) -> AsyncGenerator[WatchEvent | Heartbeat, None]:
         call: Any = self._control.unary_stream(
             f"/{SERVICE}/Watch", pb.WatchRequest.SerializeToString, pb.RoundEvent.FromString
-        )(pb.WatchRequest(session=self._session))
+        )(request)
         try:
             while True:
                 async with asyncio.timeout(self._silence_s):
@@ -142,6 +175,10 @@ class Link:
                 if not isinstance(message, pb.RoundEvent):
                     return
                 event = _event(message)
+                if isinstance(event, RoundClosed):
+                    self.head_record = event.record
+                elif isinstance(event, Aggregators):
+                    self.ads = event.ads
                 if event is not None:
                     yield event
         except TimeoutError:
@@ -164,9 +201,12 @@ class Link:
             async with asyncio.timeout(_STALL_S) as limit:
                 start = pb.SubmitStart(session=self._session, digest=digest, size=len(data))
                 await call.write(pb.SubmitRequest(start=start))
-                _reply(await call.read(), "go")
-                writer = asyncio.create_task(_send(call, data, limit))
-                receipt = _reply(await call.read(), "receipt").receipt
+                reply = await call.read()
+                if not isinstance(reply, pb.SubmitReply) or reply.WhichOneof("step") != "receipt":
+                    _reply(reply, "go")
+                    writer = asyncio.create_task(_send(call, data, limit))
+                    reply = await call.read()
+                receipt = _reply(reply, "receipt").receipt
         except TimeoutError:
             reason = f"{self.address} took no data for {_STALL_S:g} s"
             raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True) from None
@@ -306,9 +346,20 @@ def _step(message: Any, wanted: str) -> pb.JoinReply:
     return message
 
 
-def _event(message: pb.RoundEvent) -> RoundEvent | None:
-    """The event of a message, None for a heartbeat and for kinds that a later version may add."""
+def _event(message: pb.RoundEvent) -> WatchEvent | Heartbeat | None:
+    """The event of a message, None for kinds that a later version may add."""
     kind = message.WhichOneof("event")
+    if kind == "heartbeat":
+        return Heartbeat()
+    if kind == "stored":
+        if len(message.stored.digest) != DIGEST_BYTES:
+            raise ProtocolError(Code.BAD_MESSAGE, "the announcement of a packet is malformed")
+        return PacketStored(message.stored.digest)
+    if kind == "aggregators":
+        ads = tuple(message.aggregators.ads)
+        if len(ads) > ADS_MAX or any(len(ad) > AD_BYTES_MAX for ad in ads):
+            raise ProtocolError(Code.BAD_MESSAGE, "the list of aggregators is malformed")
+        return Aggregators(ads)
     if kind == "opened":
         opened = message.opened
         if len(opened.base_root) != DIGEST_BYTES or opened.closes_in_ms > _CLOSES_IN_MS_MAX:

@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass
 
+from protocol.limits import DHT_VALUE_BYTES_MAX
+from protocol.run import AGGREGATORS_MAX
+
 MESSAGE_BYTES_MAX = 2 << 20  # one gRPC message: a frame of 1 MiB or a round record, with room for their envelope
 SERVICE = "sparseloco.v1.Swarm"
 NONCE_BYTES = 32
 SESSION_BYTES = 16
 DIGEST_BYTES = 32
 SIGNATURE_BYTES = 64
+AD_BYTES_MAX = 32 + DHT_VALUE_BYTES_MAX  # a key and its DHT record
+ADS_MAX = AGGREGATORS_MAX
 NO_CERTIFICATE = bytes(DIGEST_BYTES)  # stands for the certificate's fingerprint on a plaintext connection
 
 
@@ -35,6 +40,28 @@ class RoundClosed:
 
 
 RoundEvent = RoundOpened | RoundClosed
+
+
+@dataclass(frozen=True)
+class PacketStored:
+    """A packet of the open round is stored at the aggregator and has its receipt."""
+
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Aggregators:
+    """Where the other aggregators are: the key and the DHT record of each in one, not checked yet."""
+
+    ads: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The aggregator is there, and nothing happened."""
+
+
+WatchEvent = RoundEvent | PacketStored | Aggregators
 
 
 @dataclass(frozen=True)

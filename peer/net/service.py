@@ -15,14 +15,17 @@ import grpc.aio
 
 from peer.net.errors import status_of
 from peer.net.messages import (
+    AD_BYTES_MAX,
     DIGEST_BYTES,
     MESSAGE_BYTES_MAX,
     NO_CERTIFICATE,
     NONCE_BYTES,
     SERVICE,
+    Aggregators,
+    PacketStored,
     ReceiptMsg,
-    RoundEvent,
     RoundOpened,
+    WatchEvent,
     transcript,
 )
 from peer.net.pb import swarm_pb2 as pb
@@ -39,7 +42,7 @@ P = ParamSpec("P")
 _log = logging.getLogger(__name__)
 _KIND_CHARS_MAX = 16
 # gRPC hands a message over whole or not at all, so a cut connection costs half a frame on average.
-_FETCH_FRAME_BYTES = 1 << 17
+_FETCH_FRAME_BYTES = 1 << 16
 _SPOOL_PREFIX = "incoming-"
 _SPOOL_SUFFIX = ".part"
 _DEFAULT_LIMITS = ServiceLimits()
@@ -52,6 +55,8 @@ class Handler(Protocol):
     """What the aggregator program supplies. A ProtocolError from any of these reaches the peer with its code."""
 
     submit_bytes_max: int
+    standby: bool
+    """Whether another aggregator opens the rounds."""
 
     async def welcome(self, peer: bytes) -> bytes:
         """Admit a peer that has proved its key: the bytes of the newest round record."""
@@ -62,8 +67,17 @@ class Handler(Protocol):
     async def left(self, peer: bytes) -> None:
         """The peer's last watch ended, for whatever reason."""
 
-    def watch(self, peer: bytes) -> AsyncGenerator[RoundEvent, None]:
+    async def shown(self, peer: bytes, record: bytes, ad: bytes) -> None:
+        """What a peer showed when it began to watch: the newest record it knows and its own ad, each empty if not."""
+
+    def watch(self, peer: bytes) -> AsyncGenerator[WatchEvent, None]:
         """What this peer is told, starting with the state of things now. Closed when the watch ends."""
+
+    def observe(self, peer: bytes) -> AsyncGenerator[WatchEvent, None]:
+        """The same for a peer that does not take part, with every packet besides."""
+
+    async def receipt(self, peer: bytes, digest: bytes) -> ReceiptMsg | None:
+        """The answer to a packet if it is known without its bytes."""
 
     async def submit(self, peer: bytes, digest: bytes, data: bytes | Path) -> ReceiptMsg:
         """Take a packet's wire bytes. A path is a file that the handler may move away; it is deleted afterwards."""
@@ -140,7 +154,8 @@ class _Service:
         head = await self._handler.welcome(hello.peer)
         assert len(head) <= RECORD_BYTES_MAX
         session = self.sessions.admit(hello.peer, source)
-        await self._write(context, pb.JoinReply(welcome=pb.Welcome(session=session.token, head_record=head)))
+        welcome = pb.Welcome(session=session.token, head_record=head, standby=self._handler.standby)
+        await self._write(context, pb.JoinReply(welcome=welcome))
 
     async def _step(self, context: Context, wanted: str) -> pb.JoinRequest:
         try:
@@ -167,13 +182,18 @@ class _Service:
     @_guarded
     async def watch(self, request: pb.WatchRequest, context: Context) -> None:
         session = self.sessions.find(request.session)
-        await session.run(self._watch(session, context))
+        if len(request.head_record) > RECORD_BYTES_MAX or len(request.ad) > AD_BYTES_MAX:
+            raise ProtocolError(Code.BAD_MESSAGE, "a watch shows one record and one ad")
+        if request.head_record or request.ad:
+            await self._handler.shown(session.peer, request.head_record, request.ad)
+        await session.run(self._watch(session, request.observer, context))
 
-    async def _watch(self, session: Session, context: Context) -> None:
+    async def _watch(self, session: Session, observer: bool, context: Context) -> None:
         replaced = session.take_watch()
-        await self._arrive(session.peer)
-        events = self._handler.watch(session.peer)
-        upcoming: asyncio.Task[RoundEvent] | None = None
+        if not observer:
+            await self._arrive(session.peer)
+        events = self._handler.observe(session.peer) if observer else self._handler.watch(session.peer)
+        upcoming: asyncio.Task[WatchEvent] | None = None
         try:
             while True:
                 upcoming = upcoming or asyncio.create_task(_next(events))
@@ -190,7 +210,7 @@ class _Service:
                 await self._write(context, message)
         finally:
             # The farewell is a task of its own, because gRPC cancels this one when the peer is gone.
-            farewell = asyncio.create_task(self._leave(session.peer, events, upcoming))
+            farewell = asyncio.create_task(self._leave(session.peer, observer, events, upcoming))
             self._farewells.add(farewell)
             farewell.add_done_callback(self._farewells.discard)
             await asyncio.shield(farewell)
@@ -202,13 +222,19 @@ class _Service:
                 await self._handler.joined(peer)
 
     async def _leave(
-        self, peer: bytes, events: AsyncGenerator[RoundEvent, None], upcoming: asyncio.Task[RoundEvent] | None
+        self,
+        peer: bytes,
+        observer: bool,
+        events: AsyncGenerator[WatchEvent, None],
+        upcoming: asyncio.Task[WatchEvent] | None,
     ) -> None:
         if upcoming is not None:
             upcoming.cancel()
             with suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
                 await upcoming
         await events.aclose()
+        if observer:
+            return
         async with self._presence:
             self._watches[peer] -= 1
             if not self._watches[peer]:
@@ -235,12 +261,14 @@ class _Service:
             raise ProtocolError(Code.BUSY, "your previous submit is still running")
         self._submitting.add(session.peer)
         try:
-            await self._turn()
-            try:
-                await self._write(context, pb.SubmitReply(go=pb.SubmitGo()))
-                receipt = await self._receive(session.peer, start, context)
-            finally:
-                self._submit_turns.release()
+            receipt = await self._handler.receipt(session.peer, start.digest)
+            if receipt is None:
+                await self._turn()
+                try:
+                    await self._write(context, pb.SubmitReply(go=pb.SubmitGo()))
+                    receipt = await self._receive(session.peer, start, context)
+                finally:
+                    self._submit_turns.release()
         finally:
             self._submitting.discard(session.peer)
         message = pb.Receipt(digest=receipt.digest, accepted=receipt.accepted, code=receipt.code)
@@ -386,19 +414,23 @@ async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
         raise
 
 
-async def _next(events: AsyncGenerator[RoundEvent, None]) -> RoundEvent:
+async def _next(events: AsyncGenerator[WatchEvent, None]) -> WatchEvent:
     return await anext(events)
 
 
-def _event_message(event: RoundEvent) -> pb.RoundEvent:
-    if isinstance(event, RoundOpened):
-        left_ms = max(0, round(event.closes_in_s * 1000))
-        opened = pb.RoundOpened(
-            round=event.round, base_root=event.base_root, inner_steps=event.inner_steps, closes_in_ms=left_ms
-        )
-        return pb.RoundEvent(opened=opened)
-    closed = pb.RoundClosed(record=event.record, update_bytes=event.update_bytes, bundle_bytes=event.bundle_bytes)
-    return pb.RoundEvent(closed=closed)
+def _event_message(event: WatchEvent) -> pb.RoundEvent:
+    match event:
+        case RoundOpened(round=number, base_root=base_root, inner_steps=steps, closes_in_s=closes_in_s):
+            left_ms = max(0, round(closes_in_s * 1000))
+            opened = pb.RoundOpened(round=number, base_root=base_root, inner_steps=steps, closes_in_ms=left_ms)
+            return pb.RoundEvent(opened=opened)
+        case PacketStored(digest=digest):
+            return pb.RoundEvent(stored=pb.PacketStored(digest=digest))
+        case Aggregators(ads=ads):
+            return pb.RoundEvent(aggregators=pb.Aggregators(ads=ads))
+        case _:
+            sizes = {"update_bytes": event.update_bytes, "bundle_bytes": event.bundle_bytes}
+            return pb.RoundEvent(closed=pb.RoundClosed(record=event.record, **sizes))
 
 
 def _empty(spool: Path) -> None:

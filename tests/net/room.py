@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peer.net.link import Link
-from peer.net.messages import ReceiptMsg, RoundEvent, RoundOpened
+from peer.net.messages import ReceiptMsg, RoundOpened, WatchEvent
 from peer.net.service import Server, ServiceLimits, serve
 from peer.net.tls import TlsIdentity, make_tls_identity
 from protocol.identity import PrivateKey
@@ -32,8 +32,10 @@ class House:
     packets: dict[bytes, bytes] = field(default_factory=dict)
     forms: list[type] = field(default_factory=list)
     blobs: dict[tuple[str, bytes], bytes | Path] = field(default_factory=dict)
-    events: asyncio.Queue[RoundEvent] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[WatchEvent] = field(default_factory=asyncio.Queue)
     gate: asyncio.Event | None = None
+    standby: bool = False
+    shown_to_us: list[tuple[bytes, bytes, bytes]] = field(default_factory=list)
 
     async def welcome(self, peer: bytes) -> bytes:
         return HEAD
@@ -44,10 +46,19 @@ class House:
     async def left(self, peer: bytes) -> None:
         self.log.append(("left", peer))
 
-    async def watch(self, peer: bytes) -> AsyncGenerator[RoundEvent, None]:
+    async def shown(self, peer: bytes, record: bytes, ad: bytes) -> None:
+        self.shown_to_us.append((peer, record, ad))
+
+    async def watch(self, peer: bytes) -> AsyncGenerator[WatchEvent, None]:
         yield RoundOpened(7, ROOT, 15, 2.5)
         while True:
             yield await self.events.get()
+
+    def observe(self, peer: bytes) -> AsyncGenerator[WatchEvent, None]:
+        return self.watch(peer)
+
+    async def receipt(self, peer: bytes, digest: bytes) -> ReceiptMsg | None:
+        return ReceiptMsg(digest, True, 0) if digest in self.packets else None
 
     async def submit(self, peer: bytes, digest: bytes, data: bytes | Path) -> ReceiptMsg:
         if self.gate is not None:

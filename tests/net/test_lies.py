@@ -120,7 +120,7 @@ async def test_receipts_and_replies_out_of_place_are_refused() -> None:
     liar = Liar()
     go = pb.SubmitReply(go=pb.SubmitGo())
     other = pb.SubmitReply(receipt=pb.Receipt(digest=bytes(32), accepted=True))
-    cases = [([go, other], Code.WRONG_DIGEST), ([other], Code.BAD_MESSAGE), ([go, go], Code.BAD_MESSAGE)]
+    cases = [([go, other], Code.WRONG_DIGEST), ([other], Code.WRONG_DIGEST), ([go, go], Code.BAD_MESSAGE)]
     async with liar.at_work() as port, await joined(port) as link:
         for liar.replies, code in cases:
             with pytest.raises(ProtocolError) as caught:

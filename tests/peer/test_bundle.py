@@ -10,7 +10,7 @@ import pytest
 from peer.aggregator import Aggregator
 from peer.core import codec
 from peer.merge import accepted, sections_of_bundle, sections_of_update
-from peer.net.messages import RoundClosed, RoundEvent
+from peer.net.messages import RoundClosed, WatchEvent
 from peer.operator import OperatorFolder
 from peer.replay import replay
 from peer.store import Home, RunFolder
@@ -51,7 +51,7 @@ class BundlesOnly(Aggregator):
 class TellsOnePeerLess(BundlesOnly):
     """An aggregator that keeps rounds 2 and 3 from the second peer."""
 
-    def _broadcast(self, event: RoundEvent) -> None:
+    def _broadcast(self, event: WatchEvent) -> None:
         told = self._watchers
         if self.head.round in (2, 3):
             self._watchers = {peer: queues for peer, queues in told.items() if peer != peer_key(1).public}

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peer/net/pb/swarm.proto\x12\rsparseloco.v1\"c\n\x0bJoinRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.sparseloco.v1.HelloH\x00\x12%\n\x05proof\x18\x02 \x01(\x0b\x32\x14.sparseloco.v1.ProofH\x00\x42\x06\n\x04step\"E\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\x0c\x12\x0c\n\x04peer\x18\x03 \x01(\x0c\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"\x1a\n\x05Proof\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"m\n\tJoinReply\x12-\n\tchallenge\x18\x01 \x01(\x0b\x32\x18.sparseloco.v1.ChallengeH\x00\x12)\n\x07welcome\x18\x02 \x01(\x0b\x32\x16.sparseloco.v1.WelcomeH\x00\x42\x06\n\x04step\"A\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x12\n\naggregator\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"/\n\x07Welcome\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x13\n\x0bhead_record\x18\x02 \x01(\x0c\"\x1f\n\x0cWatchRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"\xa0\x01\n\nRoundEvent\x12-\n\theartbeat\x18\x01 \x01(\x0b\x32\x18.sparseloco.v1.HeartbeatH\x00\x12,\n\x06opened\x18\x02 \x01(\x0b\x32\x1a.sparseloco.v1.RoundOpenedH\x00\x12,\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x1a.sparseloco.v1.RoundClosedH\x00\x42\x07\n\x05\x65vent\"\x0b\n\tHeartbeat\"Z\n\x0bRoundOpened\x12\r\n\x05round\x18\x01 \x01(\r\x12\x11\n\tbase_root\x18\x02 \x01(\x0c\x12\x13\n\x0binner_steps\x18\x03 \x01(\r\x12\x14\n\x0c\x63loses_in_ms\x18\x04 \x01(\x04\"I\n\x0bRoundClosed\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12\x14\n\x0cupdate_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x62undle_bytes\x18\x03 \x01(\x04\"U\n\rSubmitRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.sparseloco.v1.SubmitStartH\x00\x12\x0f\n\x05\x66rame\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"<\n\x0bSubmitStart\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\"g\n\x0bSubmitReply\x12%\n\x02go\x18\x01 \x01(\x0b\x32\x17.sparseloco.v1.SubmitGoH\x00\x12)\n\x07receipt\x18\x02 \x01(\x0b\x32\x16.sparseloco.v1.ReceiptH\x00\x42\x06\n\x04step\"\n\n\x08SubmitGo\"9\n\x07Receipt\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x03 \x01(\r\"M\n\x0c\x46\x65tchRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"\'\n\tBlobFrame\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32\x96\x02\n\x05Swarm\x12@\n\x04Join\x12\x1a.sparseloco.v1.JoinRequest\x1a\x18.sparseloco.v1.JoinReply(\x01\x30\x01\x12\x41\n\x05Watch\x12\x1b.sparseloco.v1.WatchRequest\x1a\x19.sparseloco.v1.RoundEvent0\x01\x12\x46\n\x06Submit\x12\x1c.sparseloco.v1.SubmitRequest\x1a\x1a.sparseloco.v1.SubmitReply(\x01\x30\x01\x12@\n\x05\x46\x65tch\x12\x1b.sparseloco.v1.FetchRequest\x1a\x18.sparseloco.v1.BlobFrame0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17peer/net/pb/swarm.proto\x12\rsparseloco.v1\"c\n\x0bJoinRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.sparseloco.v1.HelloH\x00\x12%\n\x05proof\x18\x02 \x01(\x0b\x32\x14.sparseloco.v1.ProofH\x00\x42\x06\n\x04step\"E\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\x0c\x12\x0c\n\x04peer\x18\x03 \x01(\x0c\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"\x1a\n\x05Proof\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"m\n\tJoinReply\x12-\n\tchallenge\x18\x01 \x01(\x0b\x32\x18.sparseloco.v1.ChallengeH\x00\x12)\n\x07welcome\x18\x02 \x01(\x0b\x32\x16.sparseloco.v1.WelcomeH\x00\x42\x06\n\x04step\"A\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x12\n\naggregator\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"@\n\x07Welcome\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x13\n\x0bhead_record\x18\x02 \x01(\x0c\x12\x0f\n\x07standby\x18\x03 \x01(\x08\"R\n\x0cWatchRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x10\n\x08observer\x18\x02 \x01(\x08\x12\x13\n\x0bhead_record\x18\x03 \x01(\x0c\x12\n\n\x02\x61\x64\x18\x04 \x01(\x0c\"\x82\x02\n\nRoundEvent\x12-\n\theartbeat\x18\x01 \x01(\x0b\x32\x18.sparseloco.v1.HeartbeatH\x00\x12,\n\x06opened\x18\x02 \x01(\x0b\x32\x1a.sparseloco.v1.RoundOpenedH\x00\x12,\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x1a.sparseloco.v1.RoundClosedH\x00\x12\x31\n\x0b\x61ggregators\x18\x04 \x01(\x0b\x32\x1a.sparseloco.v1.AggregatorsH\x00\x12-\n\x06stored\x18\x05 \x01(\x0b\x32\x1b.sparseloco.v1.PacketStoredH\x00\x42\x07\n\x05\x65vent\"\x0b\n\tHeartbeat\"Z\n\x0bRoundOpened\x12\r\n\x05round\x18\x01 \x01(\r\x12\x11\n\tbase_root\x18\x02 \x01(\x0c\x12\x13\n\x0binner_steps\x18\x03 \x01(\r\x12\x14\n\x0c\x63loses_in_ms\x18\x04 \x01(\x04\"I\n\x0bRoundClosed\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12\x14\n\x0cupdate_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x62undle_bytes\x18\x03 \x01(\x04\"\x1a\n\x0b\x41ggregators\x12\x0b\n\x03\x61\x64s\x18\x01 \x03(\x0c\"\x1e\n\x0cPacketStored\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"U\n\rSubmitRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.sparseloco.v1.SubmitStartH\x00\x12\x0f\n\x05\x66rame\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"<\n\x0bSubmitStart\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\"g\n\x0bSubmitReply\x12%\n\x02go\x18\x01 \x01(\x0b\x32\x17.sparseloco.v1.SubmitGoH\x00\x12)\n\x07receipt\x18\x02 \x01(\x0b\x32\x16.sparseloco.v1.ReceiptH\x00\x42\x06\n\x04step\"\n\n\x08SubmitGo\"9\n\x07Receipt\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x03 \x01(\r\"M\n\x0c\x46\x65tchRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"\'\n\tBlobFrame\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32\x96\x02\n\x05Swarm\x12@\n\x04Join\x12\x1a.sparseloco.v1.JoinRequest\x1a\x18.sparseloco.v1.JoinReply(\x01\x30\x01\x12\x41\n\x05Watch\x12\x1b.sparseloco.v1.WatchRequest\x1a\x19.sparseloco.v1.RoundEvent0\x01\x12\x46\n\x06Submit\x12\x1c.sparseloco.v1.SubmitRequest\x1a\x1a.sparseloco.v1.SubmitReply(\x01\x30\x01\x12@\n\x05\x46\x65tch\x12\x1b.sparseloco.v1.FetchRequest\x1a\x18.sparseloco.v1.BlobFrame0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,31 +42,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHALLENGE']._serialized_start=353
   _globals['_CHALLENGE']._serialized_end=418
   _globals['_WELCOME']._serialized_start=420
-  _globals['_WELCOME']._serialized_end=467
-  _globals['_WATCHREQUEST']._serialized_start=469
-  _globals['_WATCHREQUEST']._serialized_end=500
-  _globals['_ROUNDEVENT']._serialized_start=503
-  _globals['_ROUNDEVENT']._serialized_end=663
-  _globals['_HEARTBEAT']._serialized_start=665
-  _globals['_HEARTBEAT']._serialized_end=676
-  _globals['_ROUNDOPENED']._serialized_start=678
-  _globals['_ROUNDOPENED']._serialized_end=768
-  _globals['_ROUNDCLOSED']._serialized_start=770
-  _globals['_ROUNDCLOSED']._serialized_end=843
-  _globals['_SUBMITREQUEST']._serialized_start=845
-  _globals['_SUBMITREQUEST']._serialized_end=930
-  _globals['_SUBMITSTART']._serialized_start=932
-  _globals['_SUBMITSTART']._serialized_end=992
-  _globals['_SUBMITREPLY']._serialized_start=994
-  _globals['_SUBMITREPLY']._serialized_end=1097
-  _globals['_SUBMITGO']._serialized_start=1099
-  _globals['_SUBMITGO']._serialized_end=1109
-  _globals['_RECEIPT']._serialized_start=1111
-  _globals['_RECEIPT']._serialized_end=1168
-  _globals['_FETCHREQUEST']._serialized_start=1170
-  _globals['_FETCHREQUEST']._serialized_end=1247
-  _globals['_BLOBFRAME']._serialized_start=1249
-  _globals['_BLOBFRAME']._serialized_end=1288
-  _globals['_SWARM']._serialized_start=1291
-  _globals['_SWARM']._serialized_end=1569
+  _globals['_WELCOME']._serialized_end=484
+  _globals['_WATCHREQUEST']._serialized_start=486
+  _globals['_WATCHREQUEST']._serialized_end=568
+  _globals['_ROUNDEVENT']._serialized_start=571
+  _globals['_ROUNDEVENT']._serialized_end=829
+  _globals['_HEARTBEAT']._serialized_start=831
+  _globals['_HEARTBEAT']._serialized_end=842
+  _globals['_ROUNDOPENED']._serialized_start=844
+  _globals['_ROUNDOPENED']._serialized_end=934
+  _globals['_ROUNDCLOSED']._serialized_start=936
+  _globals['_ROUNDCLOSED']._serialized_end=1009
+  _globals['_AGGREGATORS']._serialized_start=1011
+  _globals['_AGGREGATORS']._serialized_end=1037
+  _globals['_PACKETSTORED']._serialized_start=1039
+  _globals['_PACKETSTORED']._serialized_end=1069
+  _globals['_SUBMITREQUEST']._serialized_start=1071
+  _globals['_SUBMITREQUEST']._serialized_end=1156
+  _globals['_SUBMITSTART']._serialized_start=1158
+  _globals['_SUBMITSTART']._serialized_end=1218
+  _globals['_SUBMITREPLY']._serialized_start=1220
+  _globals['_SUBMITREPLY']._serialized_end=1323
+  _globals['_SUBMITGO']._serialized_start=1325
+  _globals['_SUBMITGO']._serialized_end=1335
+  _globals['_RECEIPT']._serialized_start=1337
+  _globals['_RECEIPT']._serialized_end=1394
+  _globals['_FETCHREQUEST']._serialized_start=1396
+  _globals['_FETCHREQUEST']._serialized_end=1473
+  _globals['_BLOBFRAME']._serialized_start=1475
+  _globals['_BLOBFRAME']._serialized_end=1514
+  _globals['_SWARM']._serialized_start=1517
+  _globals['_SWARM']._serialized_end=1795
 # @@protoc_insertion_point(module_scope)

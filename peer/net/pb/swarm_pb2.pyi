@@ -8,8 +8,10 @@ One message is at most 2 MiB. An error is a gRPC status whose trailing metadata 
 of protocol/errors.py in decimal.
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -155,19 +157,23 @@ class Welcome(_message.Message):
 
     SESSION_FIELD_NUMBER: _builtins.int
     HEAD_RECORD_FIELD_NUMBER: _builtins.int
+    STANDBY_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     """16 random bytes that name the session in every later call"""
     head_record: _builtins.bytes
     """the newest round record"""
+    standby: _builtins.bool
+    """it keeps a copy of the run and opens no rounds as long as another aggregator does"""
     def __init__(
         self,
         *,
         session: _builtins.bytes = ...,
         head_record: _builtins.bytes = ...,
+        standby: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_record", b"head_record", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_record", b"head_record", "session", b"session", "standby", b"standby"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -178,15 +184,27 @@ class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
+    OBSERVER_FIELD_NUMBER: _builtins.int
+    HEAD_RECORD_FIELD_NUMBER: _builtins.int
+    AD_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
+    observer: _builtins.bool
+    """wants to know everything and takes no part: nobody waits for its packet"""
+    head_record: _builtins.bytes
+    """the newest record that the watcher knows, if it cares to show it"""
+    ad: _builtins.bytes
+    """of a watching aggregator: where it is reached (as in Aggregators)"""
     def __init__(
         self,
         *,
         session: _builtins.bytes = ...,
+        observer: _builtins.bool = ...,
+        head_record: _builtins.bytes = ...,
+        ad: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ad", b"ad", "head_record", b"head_record", "observer", b"observer", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -199,24 +217,32 @@ class RoundEvent(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     OPENED_FIELD_NUMBER: _builtins.int
     CLOSED_FIELD_NUMBER: _builtins.int
+    AGGREGATORS_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat: ...
     @_builtins.property
     def opened(self) -> Global___RoundOpened: ...
     @_builtins.property
     def closed(self) -> Global___RoundClosed: ...
+    @_builtins.property
+    def aggregators(self) -> Global___Aggregators: ...
+    @_builtins.property
+    def stored(self) -> Global___PacketStored: ...
     def __init__(
         self,
         *,
         heartbeat: Global___Heartbeat | None = ...,
         opened: Global___RoundOpened | None = ...,
         closed: Global___RoundClosed | None = ...,
+        aggregators: Global___Aggregators | None = ...,
+        stored: Global___PacketStored | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "event", b"event", "heartbeat", b"heartbeat", "opened", b"opened"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["aggregators", b"aggregators", "closed", b"closed", "event", b"event", "heartbeat", b"heartbeat", "opened", b"opened", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "event", b"event", "heartbeat", b"heartbeat", "opened", b"opened"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregators", b"aggregators", "closed", b"closed", "event", b"event", "heartbeat", b"heartbeat", "opened", b"opened", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["heartbeat", "opened", "closed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["heartbeat", "opened", "closed", "aggregators", "stored"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -292,6 +318,49 @@ class RoundClosed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundClosed: _TypeAlias = RoundClosed  # noqa: Y015
+
+@_typing.final
+class Aggregators(_message.Message):
+    """Where the other aggregators of the run are reached: for each its Ed25519 key (32 bytes) and its DHT record (SPEC 10)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        ads: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ads", b"ads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Aggregators: _TypeAlias = Aggregators  # noqa: Y015
+
+@_typing.final
+class PacketStored(_message.Message):
+    """A packet of the open round is stored here and has its receipt. Only observers are told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PacketStored: _TypeAlias = PacketStored  # noqa: Y015
 
 @_typing.final
 class SubmitRequest(_message.Message):
