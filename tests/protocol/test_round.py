@@ -7,7 +7,7 @@ import pytest
 
 from protocol import round as machines
 from protocol.errors import Code
-from protocol.ledger import CloseReason, Kind, RoundRecord, Verdict
+from protocol.ledger import CloseReason, Kind, RoundRecord
 from protocol.limits import CONTRIBUTORS_MAX, RECORD_ENTRIES_MAX
 from protocol.round import (
     Accept,
@@ -38,7 +38,6 @@ from protocol.round import (
     TrainInner,
 )
 from protocol.run import RoundConfig
-from tests.protocol.machine_swarm import CALM, Faults, Swarm
 from tests.protocol.transcripts import SCENARIOS, Player, named, run_of
 
 RULES = RoundConfig(grace_s_min=2.0, grace_s_max=60.0)
@@ -83,48 +82,6 @@ def test_there_are_scenarios_for_both_machines() -> None:
 @pytest.mark.parametrize("name", ["AggregatorEvent", "AggregatorEffect", "ReplicaEvent", "ReplicaEffect"])
 def test_there_are_at_most_ten_kinds_of_each(name: str) -> None:
     assert len(typing.get_args(getattr(machines, name))) <= 10
-
-
-# A swarm under faults
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_a_swarm_under_faults_loses_nothing_and_recovers(seed: int) -> None:
-    swarm = Swarm(seed, 2 + seed % 5, Faults())
-    for until_s in range(100, 1600, 100):
-        swarm.clock.run(until_s)
-        swarm.check_mass()
-    swarm.faults = CALM
-    swarm.clock.run(2200)
-    swarm.check_mass()
-    records = swarm.aggregator.records
-    assert len(records) > 20
-    for key, replica in swarm.replicas.items():
-        assert replica.disk.record is not None
-        assert replica.disk.record in records[-2:]
-        taken = sum(
-            entry.peer == key and entry.verdict == Verdict.ACCEPTED for r in records[-10:] for entry in r.entries
-        )
-        # A peer whose single step takes as long as the others' round can only be in time by luck.
-        assert replica.step_s > 5 or taken >= 5
-
-
-def test_two_slow_peers_alone_still_train() -> None:
-    swarm = Swarm(0, 2, CALM)
-    for replica in swarm.replicas.values():
-        replica.step_s = 20.0
-    swarm.clock.run(1200)
-    applied = [record for record in swarm.aggregator.records if record.kind == Kind.APPLIED]
-    assert len(applied) >= 8
-
-
-def test_a_swarm_with_a_seed_is_the_same_every_time() -> None:
-    ledgers = []
-    for _ in range(2):
-        swarm = Swarm(7, 4, Faults())
-        swarm.clock.run(600)
-        ledgers.append([record.to_bytes() for record in swarm.aggregator.records])
-    assert ledgers[0] == ledgers[1]
 
 
 # The aggregator's round

@@ -1,0 +1,389 @@
+"""What must hold whatever happens. Each checker knows only what it saw, not what the machines or drivers think.
+
+`BrokenError` names the checker that fired. They read packets and merge in their own plain way, so that the codec, its
+kernels and the replica's accounting are held to something that they do not share.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.compress import error_feedback, to_float32
+from protocol.errors import Code
+from protocol.layout import kept, state_root
+from protocol.ledger import CloseReason, Entry, Kind, RoundRecord, Verdict, check_link, check_record
+from protocol.limits import CHUNK, CLIP_ONE, WEIGHT_MAX, WEIGHT_UNIT
+from protocol.packet import Packet
+from protocol.round import Close
+from protocol.run import RunConfig
+from protocol.update import to_update_tensor, update_values
+
+STATES_KEPT = 8
+QUEUE_MAX = 4200  # entries of a record, and some
+TRANSIENT = {Code.LATE, Code.DUPLICATE, Code.BUSY, Code.WRONG_DIGEST, Code.BAD_SESSION}
+
+
+class BrokenError(Exception):
+    """Something that must always hold does not."""
+
+    def __init__(self, checker: str, what: str) -> None:
+        super().__init__(what)
+        self.checker = checker
+
+
+def demand(holds: bool, checker: str, what: str) -> None:
+    """Fire unless it holds."""
+    if not holds:
+        raise BrokenError(checker, what)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A packet that keeps the rules, as its bytes say."""
+
+    peer: bytes
+    round: int
+    base_root: bytes
+    tokens: int
+    positions: NDArray[np.int64]  # i64[m] in the flat model
+    grid: NDArray[np.int64]  # i64[m]
+
+
+@dataclass(frozen=True)
+class Open:
+    """A packet whose fate its sender does not know, and what the sender held before and after it."""
+
+    digest: bytes
+    round: int
+    total: int
+    before: NDArray[np.float32]  # f32[N] acc
+    after: NDArray[np.float32]  # f32[N] the residual
+
+
+@dataclass
+class Account:
+    """One peer's books. Sums are in units of the grid, so nothing is lost in adding up."""
+
+    memory: NDArray[np.float32]  # f32[N] what its residual must be
+    disk: NDArray[np.float32]  # f32[N] what it must be after it died
+    open: Open | None = None
+    open_on_disk: Open | None = None
+    settled: tuple[bytes, int, bool] | None = None  # packet, round, accepted: until its state has moved on
+    working: bool = False  # steps are done that are in no packet and not in the residual
+    sent: int = 0
+    kept_by_run: int = 0
+    returned: int = 0
+    excused: bool = False  # it lost records or its branch, so its last verdict cannot be checked
+
+
+class Checkers:
+    """All checkers of one simulation."""
+
+    def __init__(self, run: RunConfig, state: NDArray[np.float32]) -> None:  # f32[N], of round 0
+        self.run = run
+        self.records: dict[bytes, RoundRecord] = {}
+        self.rounds: dict[tuple[int, int], bytes] = {}  # (round, epoch) -> record
+        self.made: dict[bytes, Made] = {}
+        self.accounts: dict[bytes, Account] = {}
+        self._zeros = np.zeros_like(state)
+        self._states = {state_root(state): state}
+        self._recent: deque[bytes] = deque([run.genesis_root])
+        self._receipted: dict[bytes, tuple[int, bytes]] = {}  # packet -> round and base of an accepting receipt
+        self._moved_back: set[Code] = set()
+        self._listed: dict[bytes, set[bytes]] = {}  # packet -> records that list it
+
+    # The ledger
+
+    def recorded(self, data: bytes) -> RoundRecord:
+        """A record became durable: it is canonical, signed, the only one of its round and epoch, and follows."""
+        record = RoundRecord.from_bytes(data)
+        check_record(record, self.run)
+        demand(record.to_bytes() == data, "canonical record", f"round {record.round} does not re-encode to itself")
+        first = self.rounds.setdefault((record.round, record.epoch), record.digest)
+        demand(first == record.digest, "one record a round", f"two of round {record.round}, epoch {record.epoch}")
+        self.records[record.digest] = record
+        if record.kind == Kind.GENESIS:
+            return record
+        previous = self.records.get(record.previous)
+        demand(previous is not None, "chain", f"round {record.round} names a record that nobody has")
+        assert previous is not None
+        check_link(previous, record)
+        self._check_verdicts(record)
+        if record.kind == Kind.APPLIED:
+            self._check_update(previous, record)
+        return record
+
+    def _check_verdicts(self, record: RoundRecord) -> None:
+        for entry in record.entries:
+            where = self._listed.setdefault(entry.packet_digest, set())
+            for other in where:
+                # The same rubbish may come again in another round; what is accepted is listed once.
+                counts = entry.verdict == Verdict.ACCEPTED or self.records[other].accepted(entry.packet_digest)
+                once = not counts or not self._on_one_chain(self.records[other], record)
+                demand(once, "one verdict a packet", _short(entry))
+            where.add(record.digest)
+        good = sum(entry.code in (0, Code.NO_QUORUM) for entry in record.entries)
+        enough = good >= self.run.rounds.quorum
+        demand(enough == (record.kind == Kind.APPLIED), "quorum", f"round {record.round} with {good} packets")
+        listed = {entry.packet_digest: entry for entry in record.entries}
+        previous = self.records[record.previous]
+        for packet, (round, base) in list(self._receipted.items()):
+            if (round, base) != (record.round, previous.state_root):
+                continue
+            demand(packet in listed, "receipt", f"{packet.hex()[:8]} had one, and round {round} does not list it")
+            wanted = 0 if record.kind == Kind.APPLIED else int(Code.NO_QUORUM)
+            code = listed[packet].code
+            demand(code == wanted, "receipt", f"{packet.hex()[:8]} had one, and its code is {code}")
+            del self._receipted[packet]
+
+    def _on_one_chain(self, early: RoundRecord, late: RoundRecord) -> bool:
+        return self.ancestor(late, early.round) == early
+
+    def ancestor(self, record: RoundRecord, round: int) -> RoundRecord | None:
+        """The record of an earlier round on the way to this one."""
+        while record.round > round:
+            record = self.records[record.previous]
+        return record if record.round == round else None
+
+    def _check_update(self, previous: RoundRecord, record: RoundRecord) -> None:
+        """Merge once more, in the plainest way, from the bytes that the senders made."""
+        base = self._states.get(previous.state_root)
+        demand(base is not None, "state", f"round {record.round} is based on a state that nobody had")
+        assert base is not None
+        num, den = np.zeros(base.size, np.int64), np.zeros(base.size, np.int64)
+        for entry in record.entries:
+            if entry.verdict == Verdict.ACCEPTED:
+                made = self.made.get(entry.packet_digest)
+                demand(made is not None, "made by nobody", f"{_short(entry)} is accepted")
+                assert made is not None
+                claims = (made.peer, made.round, made.base_root, made.tokens)
+                demand(claims == (entry.peer, record.round, previous.state_root, entry.tokens), "claims", _short(entry))
+                weight = min(max(entry.tokens * WEIGHT_UNIT // self.run.nominal_tokens, 1), WEIGHT_MAX)
+                demand((entry.weight, entry.clip) == (weight, CLIP_ONE), "weight", _short(entry))
+                num[made.positions] += weight * made.grid
+                den[made.positions] += weight
+        divisor = np.maximum(den, 1)
+        steps = np.sign(num) * ((np.abs(num) // divisor * self.run.outer.alpha_q16) >> 16)
+        state = base.copy()
+        offsets = self.run.layout.offsets
+        for tensor, start in zip(self.run.layout.tensors, offsets[:-1], strict=True):
+            update = to_update_tensor(steps[start : start + tensor.size])
+            state[start + update.indices] -= update_values(update)
+        demand(state_root(state) == record.state_root, "merge", f"round {record.round} leads to another state")
+        if record.state_root not in self._states:
+            self._states[record.state_root] = state
+            self._recent.append(record.state_root)
+        if len(self._recent) > STATES_KEPT:
+            del self._states[self._recent.popleft()]
+            self._forget(record.round - STATES_KEPT)
+
+    def _forget(self, before: int) -> None:
+        for packet in [name for name, made in self.made.items() if made.round < before]:
+            del self.made[packet]
+
+    # Packets and receipts
+
+    def receipt(self, packet: bytes, accepted: bool, code: int, *, durable: bool, expected: set[Code] | None) -> None:
+        """A receipt leaves. Before an accepting one the packet is durable; a hostile packet gets its own code."""
+        # What a record has decided is told to anybody who sends the packet once more.
+        if expected is not None and packet not in self._listed:
+            allowed = {int(item) for item in expected | TRANSIENT | self._moved_back}
+            demand(code in allowed, "refusal", f"expected {expected}, got {code}")
+        if not accepted:
+            return
+        demand(durable, "durable before receipt", packet.hex()[:8])
+        made = self.made.get(packet)
+        if made is not None and not self._settled_by_a_record(packet):
+            self._receipted[packet] = (made.round, made.base_root)
+
+    def _settled_by_a_record(self, packet: bytes) -> bool:
+        return packet in self._listed
+
+    def taken_over(self) -> None:
+        """What the last aggregator promised and did not record is gone with it."""
+        self._receipted.clear()
+        # The round that a packet was made for may be open once more, or on another base.
+        self._moved_back = {Code.WRONG_ROUND, Code.WRONG_BASE}
+
+    def foreign(self, packet: Packet) -> None:
+        """A hostile hand made a packet that keeps the rules."""
+        self.made[packet.header.digest] = self._read(packet)
+
+    def _read(self, packet: Packet) -> Made:
+        header, layout = packet.header, self.run.layout
+        parts = [
+            _read_section(section, tensor.size, start, self.run.compression.k)
+            for section, tensor, start in zip(packet.sections, layout.tensors, layout.offsets[:-1], strict=True)
+        ]
+        where, grid = (np.array([value for part in parts for value in part[item]], np.int64) for item in (0, 1))
+        return Made(header.peer, header.round, header.base_root, header.tokens, where, grid)
+
+    # What a peer holds
+
+    def joined(self, peer: bytes) -> None:
+        """A peer begins with empty books."""
+        self.accounts[peer] = Account(self._zeros, self._zeros)
+
+    def died(self, peer: bytes, *, disk: bool) -> None:
+        """A peer forgot all that was not durable, or everything."""
+        if not disk:
+            # Nobody knows any more what it had sent.
+            self.accounts[peer] = Account(self._zeros, self._zeros, excused=True)
+            return
+        account = self.accounts[peer]
+        account.memory, account.open = account.disk, account.open_on_disk
+        account.working = False
+
+    def worked(self, peer: bytes) -> None:
+        """A peer did inner steps."""
+        self.accounts[peer].working = True
+
+    def packed(
+        self,
+        packet: Packet,
+        outer: NDArray[np.float32],
+        local: NDArray[np.float32],
+        residual: NDArray[np.float32],
+    ) -> None:  # f32[N] each, the residual after
+        """A peer took a packet out of acc: packet and residual make up acc, bit for bit."""
+        account = self.accounts[packet.header.peer]
+        acc = error_feedback(account.memory, outer, local, self.run.compression.beta)
+        made = self._read(packet)
+        rest = acc.copy()
+        rest[made.positions] -= to_float32(made.grid)
+        demand(account.open is None, "one packet at a time", "the last one is not settled")
+        demand(_same(rest, residual), "conservation", "packet and residual do not make up what was there")
+        self.made[packet.header.digest] = made
+        opened = Open(packet.header.digest, made.round, int(made.grid.sum()), acc, residual.copy())
+        account.memory, account.open = opened.after, opened
+        account.sent += opened.total
+        account.working = False
+
+    def absorbed(
+        self, peer: bytes, outer: NDArray[np.float32], local: NDArray[np.float32], residual: NDArray[np.float32]
+    ) -> None:  # f32[N] each, the residual after
+        """Steps that no packet took went into the residual."""
+        account = self.accounts[peer]
+        acc = error_feedback(account.memory, outer, local, self.run.compression.beta)
+        demand(account.open is None, "one packet at a time", "there is a packet to settle")
+        demand(_same(acc, residual), "conservation", "steps are missing from the residual")
+        account.memory = residual.copy()
+        account.working = False
+
+    def diverged(self, peer: bytes, *, residual_lost: bool) -> None:
+        """Its steps were worthless; if they had come into the residual, that starts anew."""
+        account = self.accounts[peer]
+        account.working = False
+        account.memory = self._zeros if residual_lost else account.memory
+
+    def settled(self, peer: bytes, round: int, accepted: bool, residual: NDArray[np.float32]) -> None:  # f32[N], after
+        """A peer settled its packet: the residual is what the packet left, or what was there before, bit for bit."""
+        account = self.accounts[peer]
+        demand(account.open is not None, "settled twice", f"round {round}")
+        assert account.open is not None
+        packet = account.open
+        wanted = packet.after if accepted else packet.before
+        demand(packet.round == round, "settled", f"round {round} for a packet of round {packet.round}")
+        demand(_same(wanted, residual), "conservation", f"accepted={accepted}, and the residual is not what it was")
+        account.kept_by_run += packet.total if accepted else 0
+        account.returned += 0 if accepted else packet.total
+        account.settled = packet.digest, round, accepted
+        account.memory, account.open = wanted, None
+
+    def stored(self, peer: bytes, residual: NDArray[np.float32]) -> None:  # f32[N]
+        """A peer's disk holds what its memory holds."""
+        account = self.accounts[peer]
+        demand(_same(account.memory, residual), "conservation", "the residual changed by itself")
+        account.disk, account.open_on_disk = account.memory, account.open
+
+    def excuse(self, peer: bytes) -> None:
+        """It cannot know the record of its round: nobody has it, or the run went another way."""
+        self.accounts[peer].excused = True
+
+    def moved(self, peer: bytes, record: RoundRecord, outer: NDArray[np.float32]) -> None:  # f32[N]
+        """A peer holds the state of a record: the same bits as everybody, and its last verdict was the record's."""
+        demand(record.digest in self.records, "durable before broadcast", f"round {record.round}")
+        demand(state_root(outer) == record.state_root, "equal roots", f"after round {record.round}")
+        account = self.accounts[peer]
+        demand(not account.working, "conservation", "steps that no packet took are not in the residual")
+        if account.settled is not None and not account.excused:
+            packet, round, accepted = account.settled
+            fate = self.ancestor(record, round)
+            listed = fate is not None and fate.accepted(packet)
+            # Accepted by a record that a takeover left behind: what was sent is lost with that branch.
+            left_behind = accepted and any(
+                self.records[name].epoch < record.epoch and self.records[name].accepted(packet)
+                for name in self._listed.get(packet, ())
+            )
+            demand(
+                listed == accepted or left_behind,
+                "verdict",
+                f"settled {packet.hex()[:8]} as {accepted}, the record says {listed}",
+            )
+        account.settled, account.excused = None, False
+
+    def trains(self, record: RoundRecord | None, round: int, outer: NDArray[np.float32]) -> None:  # f32[N]
+        """A peer begins to train: from the recorded state, for the round after it."""
+        demand(record is not None and round == record.round + 1, "trains", f"round {round} from elsewhere")
+        assert record is not None
+        demand(state_root(outer) == record.state_root, "equal roots", f"it trains round {round} from another state")
+
+    # Time and memory
+
+    def closes(self, now_s: float, deadline_s: float, round: int, close: Close) -> None:
+        """A round closes: by its deadline, and not for its deadline before it."""
+        demand(now_s <= deadline_s + 1e-6, "deadline", f"round {round} closes {now_s - deadline_s:.3f} s late")
+        early = close.reason == CloseReason.DEADLINE and now_s < deadline_s - 1e-6
+        demand(not early, "deadline", f"round {round} closes {deadline_s - now_s:.3f} s early")
+
+    def bounded(self, who: str, machine: object, extra: dict[str, int]) -> None:
+        """No container of a machine or driver grows without end."""
+        sizes = {name: len(value) for name, value in vars(machine).items() if isinstance(value, dict | set | list)}
+        for name, size in {**sizes, **extra}.items():
+            demand(size <= QUEUE_MAX, "memory", f"{who} {name} holds {size}")
+
+    def books_balance(self, *, final: bool) -> None:
+        """Over all packets: what was sent is with the run, was returned, or is still open."""
+        for peer, account in self.accounts.items():
+            still = account.open.total if account.open is not None else 0
+            balance = account.kept_by_run + account.returned + still
+            demand(account.sent == balance, "books", f"{peer.hex()[:8]}: {account.sent} sent, {balance} found again")
+            demand(not final or account.open is None, "books", f"{peer.hex()[:8]} never learned its packet's fate")
+        if final:
+            demand(not self._receipted, "receipt", f"{len(self._receipted)} were never kept")
+
+
+def _read_section(section: bytes, size: int, start: int, k: int) -> tuple[list[int], list[int]]:
+    """Positions in the flat model and grid integers, read as SPEC 5 says, value by value."""
+    chunks = -(-size // CHUNK)
+    scales, ratios = section[:chunks], section[chunks : 2 * chunks]
+    counts = [kept(min(CHUNK, size - CHUNK * chunk), k) if scales[chunk] else 0 for chunk in range(chunks)]
+    codes = section[len(section) - -(-sum(counts) // 4) :]
+    place = 2 * chunks
+    where: list[int] = []
+    grid: list[int] = []
+    for chunk, count in enumerate(counts):
+        high = (8 + (scales[chunk] & 7)) << ((scales[chunk] >> 3) + 5)
+        low = (high * (64 - ratios[chunk])) >> 6
+        index = start + CHUNK * chunk - 1
+        for _ in range(count):
+            while section[place] == 255:
+                index += 255
+                place += 1
+            index += section[place] + 1
+            place += 1
+            code = codes[len(where) // 4] >> 2 * (len(where) % 4)
+            where.append(index)
+            magnitude = low if code & 2 else high
+            grid.append(-magnitude if code & 1 else magnitude)
+    return where, grid
+
+
+def _same(left: NDArray[np.float32], right: NDArray[np.float32]) -> bool:
+    return np.array_equal(left.view(np.uint32), right.view(np.uint32))
+
+
+def _short(entry: Entry) -> str:
+    return f"packet {entry.packet_digest.hex()[:8]} of {entry.peer.hex()[:8]}"
