@@ -4,6 +4,7 @@
 #   make check    format, lint, types and the fast tests: run it before every commit
 #   make test     the whole test suite
 #   make fix      let ruff format and repair what it can
+#   make fuzz     a million mutated sections under the sanitizers, then packets and updates for four minutes
 #   make proto    regenerate peer/net/pb from proto/swarm.proto
 #   make vectors  regenerate protocol/vectors from protocol/cases; `make lint` fails when they differ
 #   make ci       everything that CI runs
@@ -24,7 +25,7 @@ HF := .venv/.stamp-hf
 # Arguments for the demo, for example: make demo ARGS="--peers 3"
 ARGS :=
 
-.PHONY: help venv demo check lint test fix proto vectors ci clean
+.PHONY: help venv demo check lint test fix fuzz proto vectors ci clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -74,6 +75,10 @@ test: $(DEV)
 fix: $(DEV)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# Builds its own program, so that what serves is never built with sanitizers.
+fuzz: $(DEV)
+	$(PY) -m tests.core.kernels.fuzz
 
 # The mapping makes the generated code a part of the package peer.net.pb; tests/test_generated.py does the same.
 proto: $(DEV)

@@ -1,335 +1,414 @@
-"""The C++ kernels give the bits of the numpy reference, on every instruction set here and on any number of threads."""
+"""The C++ kernels give the bits of the numpy reference, with every instruction set and number of threads."""
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from peer.core.kernels import native
-from protocol import arithmetic
-from protocol.compress import compress, error_feedback
+from peer.core.kernels.native import Native
+from protocol import arithmetic, packing, update
+from protocol import compress as reference
 from protocol.errors import Code, ProtocolError
-from protocol.layout import Layout, TensorSpec, kept_per_chunk
-from protocol.packing import SparseTensor, check_section, decode_section, encode_section
-from protocol.update import UpdateTensor, apply_update, check_update_section, encode_update_section
-from tests.protocol.codec_samples import refused
+from protocol.layout import Layout, TensorSpec, chunk_lengths, kept_per_chunk
+from protocol.limits import ALPHA_MAX, BLOCK_CHUNKS, CHUNK, CLIP_ONE, CONTRIBUTORS_MAX, EXPONENT_MAX, WEIGHT_MAX
+from protocol.packing import SparseTensor, encode_section
+from protocol.update import UpdateTensor, encode_update_section
+from tests.core.kernels.fuzz import mutate
 
-LOADED = native.load()
-if LOADED is None:
-    pytest.skip("the installation built no kernels: no C++ compiler was there", allow_module_level=True)
-NATIVE: native.Native = LOADED
+INSTRUCTIONS = {"portable": 0, "AVX2": 1, "AVX-512": 2}
+THREADS = (1, 3)
+MANY = 70 * CHUNK + 17  # so many chunks that three threads share a compression
+BLOCKS = (BLOCK_CHUNKS + 3) * CHUNK + 11  # and so many that two share a merge and an outer step
 
-SIZES = st.one_of(
-    st.integers(1, 300), st.integers(4090, 4102), st.sampled_from([8192, 13000, 20 * 4096, 41 * 4096 + 77])
+sizes = st.one_of(
+    st.integers(1, 200),
+    st.builds(lambda chunks, rest: max(1, chunks * CHUNK + rest), st.integers(1, 4), st.integers(-3, 3)),
+    st.integers(1, 5 * CHUNK),
 )
-KS = st.one_of(st.integers(1, 4096), st.sampled_from([1, 32, 64, 128, 129, 256, 257, 512, 513, 4096]))
-KINDS = st.sampled_from(["normal", "ties", "denormal", "zeros", "uneven", "any bits"])
-SEEDS = st.integers(0, 2**32 - 1)
-F32 = NDArray[np.float32]
+# On both sides of the steps in which the kernel chooses the size of its blocks.
+ks = st.one_of(st.sampled_from([1, 2, 16, 64, 128, 129, 256, 257, 512, 513, CHUNK - 1, CHUNK]), st.integers(1, CHUNK))
+code_bits_of = st.sampled_from([1, 2])
+seeds = st.integers(0, 2**32 - 1)
+quick = settings(max_examples=25, deadline=None)
 
 
-@pytest.fixture(autouse=True)
-def best_instructions_afterwards() -> Iterator[None]:
-    yield
-    NATIVE.use_instructions(-1)
+def loaded() -> Native:
+    kernels = native.load()
+    if kernels is None:
+        pytest.skip("the installation built no kernels: no C++ compiler was there")
+    return kernels
 
 
-def instruction_sets() -> Iterator[str]:
-    """Switch to each instruction set that this machine has."""
-    for number in range(3):
-        if NATIVE.use_instructions(number):
-            yield NATIVE.instructions
+@pytest.fixture(scope="module", params=INSTRUCTIONS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[Native]:
+    found = loaded()
+    if not found.use_instructions(INSTRUCTIONS[request.param]):
+        pytest.skip(f"this machine has no {request.param}")
+    assert found.instructions == request.param
+    yield found
+    found.use_instructions(-1)
 
 
-def inputs(size: int, kind: str, rng: np.random.Generator) -> tuple[F32, F32, F32]:
-    """Residual, outer and local parameters. What differs between the kinds is what a kernel may treat as special."""
-    residual, outer, local = (rng.standard_normal(size).astype(np.float32) for _ in range(3))
-    if kind == "ties":
-        residual, outer, local = np.round(2 * residual), np.round(outer), outer.copy()
-    elif kind == "denormal":
-        residual, local = residual * np.float32(1e-38), outer.copy()
-    elif kind == "zeros":
-        residual[:] = -0.0
-        residual[::7] = 0.0
-        outer[:] = local
-    elif kind == "uneven":
-        scales = np.exp(8 * rng.standard_normal(-(-size // 4096))) * (rng.random(-(-size // 4096)) > 0.3)
-        residual, outer, local = ((a * np.repeat(scales, 4096)[:size]) for a in (residual, outer, local))
-    elif kind == "any bits":
-        words = rng.integers(0, 2**32, size, dtype=np.uint32)
-        words[(words & 0x7F800000) == 0x7F800000] = 0  # neither NaN nor infinity, nor a sum that overflows
-        residual, local = words.view(np.float32) / np.float32(2), outer.copy()
-    return residual.astype(np.float32), outer.astype(np.float32), local.astype(np.float32)
+def each_instruction_set(kernels: Native) -> Iterator[str]:
+    for name, number in INSTRUCTIONS.items():
+        if kernels.use_instructions(number):
+            yield name
+    kernels.use_instructions(-1)
 
 
-def same_bits(left: F32, right: F32) -> bool:
-    return np.array_equal(left.view(np.uint32), right.view(np.uint32))
+def bits(values: NDArray[np.float32]) -> NDArray[np.uint32]:
+    return values.view(np.uint32)
 
 
-def check_compress(size: int, k: int, code_bits: int, kind: str, threads: int, seed: int) -> bytes:
-    residual, outer, local = inputs(size, kind, np.random.default_rng(seed))
-    acc = error_feedback(residual, outer, local, 0.95)
-    sparse, rest = compress(acc, k, code_bits)
-    expected = encode_section(sparse, k, code_bits)
-    for name in instruction_sets():
-        mine = residual.copy()
-        section, positions, originals = NATIVE.compress(mine, outer, local, 0.95, k, code_bits, threads)
-        assert section == expected, name
-        assert same_bits(mine, rest), name
-        assert np.array_equal(positions, sparse.indices), name
-        assert same_bits(originals, acc[positions]), name
-    return expected
+def ordinary(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
+    return rng.standard_normal(length) * 2.0 ** rng.integers(-40, 8)
 
 
-@settings(deadline=None, max_examples=150)
-@given(SIZES, KS, st.sampled_from([1, 2]), KINDS, st.integers(1, 3), SEEDS)
-def test_compress(size: int, k: int, code_bits: int, kind: str, threads: int, seed: int) -> None:
-    check_compress(size, k, code_bits, kind, threads, seed)
+def ties(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
+    """Few magnitudes, so that the lowest index decides."""
+    return rng.choice([-1.0, 1.0, 1.5, -1.5], length) * 2.0 ** rng.integers(-10, 3)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_compress_several_blocks(threads: int) -> None:
-    check_compress(2050 * 4096 + 9, 3, 2, "uneven", threads, seed=1)
+def all_equal(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
+    return np.full(length, rng.choice([-0.75, 1e-3, 1.0]))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.float32(3.4e38)])
-@pytest.mark.parametrize("place", [0, 4095, 4096, 9999])
-def test_what_is_not_finite_is_an_error(value: float, place: int) -> None:
-    for _ in instruction_sets():
-        residual, outer, _ = inputs(10000, "normal", np.random.default_rng(0))
-        residual[place] = outer[place] = value  # two large finite values overflow
-        with pytest.raises(ValueError, match="NaN or infinity"):
-            NATIVE.compress(residual, outer, -outer, 1.0, 64, 2, 2)
+def zeros(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
+    return rng.choice([0.0, -0.0], length)
 
 
-def test_a_caller_that_flushes_denormals_changes_nothing() -> None:
-    residual, outer, local = inputs(5000, "denormal", np.random.default_rng(3))
-    expected = error_feedback(residual, outer, local, 0.95)
-    try:
-        if not torch.set_flush_denormal(True):
-            pytest.skip("this machine cannot flush denormals")
-        NATIVE.compress(residual, outer, local, 0.95, 64, 2, threads=2)
-    finally:
-        torch.set_flush_denormal(False)
-    assert same_bits(residual, expected), "all chunks are absent, so the residual is acc"
+def few(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
+    """Fewer than are kept, the rest zeros of both signs."""
+    return np.where(rng.random(length) < 0.004, rng.standard_normal(length), rng.choice([0.0, -0.0], length))
 
 
-def random_sparse(size: int, k: int, code_bits: int, rng: np.random.Generator) -> SparseTensor:
-    """Any legal tensor, not only those that compress makes."""
-    counts = kept_per_chunk(size, k)
-    counts[rng.random(len(counts)) < 0.2] = 0
-    lengths = np.minimum(4096, size - np.arange(len(counts)) * 4096)
-    parts = [
-        np.sort(rng.choice(length, count, False)) + 4096 * chunk
-        for chunk, (length, count) in enumerate(zip(lengths, counts, strict=True))
-    ]
-    codes = rng.integers(0, 2, counts.sum()).astype(np.uint8)
-    ratios = np.zeros(len(counts), np.uint8)
-    for chunk, stop in enumerate(np.cumsum(counts)):
-        if code_bits == 2 and counts[chunk] > 1 and rng.random() < 0.8:
-            ratios[chunk] = rng.integers(1, 64)
-            lows = rng.choice(counts[chunk], rng.integers(1, counts[chunk]), False)
-            codes[stop - counts[chunk] + lows] |= 2
-    scales = np.where(counts > 0, rng.integers(1, 256, len(counts)), 0).astype(np.uint8)
-    return SparseTensor(size, scales, ratios, np.concatenate(parts).astype(np.int64), codes)
+def denormal(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
+    return rng.standard_normal(length) * 1e-39
 
 
-@settings(deadline=None, max_examples=100)
-@given(SIZES, KS, st.sampled_from([1, 2]), SEEDS)
-def test_encode_and_check(size: int, k: int, code_bits: int, seed: int) -> None:
-    sparse = random_sparse(size, k, code_bits, np.random.default_rng(seed))
-    section = encode_section(sparse, k, code_bits)
-    assert NATIVE.encode(sparse, k, code_bits) == section
-    for _ in instruction_sets():
-        assert NATIVE.check_section(section, size, k, code_bits) == len(sparse.indices)
+def almost_absent(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
+    """Around 2^-31 and 2^-30, where a chunk begins to be worth sending."""
+    return rng.choice([-1.0, 1.0], length) * 2.0**-30 * rng.uniform(0.4, 1.2, length)
 
 
-def draw_weights(kind: str, count: int, rng: np.random.Generator) -> list[int]:
-    drawn: dict[str, list[int]] = {
-        "equal": [1024] * count,
-        "any": rng.integers(1, 4097, count).tolist(),
-        "largest": [4096] * count,
-    }
-    return drawn[kind]
+def huge(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
+    """Far above the largest scale, up to the largest of all float32."""
+    return rng.uniform(-1, 1, length) * 10.0 ** rng.integers(0, 39)
 
 
-def draw_clips(kind: str, count: int, rng: np.random.Generator) -> list[int]:
-    any_clips: list[int] = rng.choice([1, 2, 30001, 65535, 65536], count).tolist()
-    return any_clips if kind == "any" else [65536] * count
+def any_bits(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
+    """Every finite exponent alike."""
+    patterns = rng.integers(0, 2**32, length, dtype=np.uint32)
+    patterns &= np.where(patterns & 0x7F800000 == 0x7F800000, np.uint32(0xBFFFFFFF), np.uint32(0xFFFFFFFF))
+    return patterns.view(np.float32).astype(np.float64)
 
 
-def reference_merge(
-    sections: list[bytes],
-    weights: list[int],
-    clips: list[int],
-    size: int,
-    k: int,
-    code_bits: int,
-    rule: str,
-    alpha: int,
-) -> UpdateTensor:
-    contributions = [
-        arithmetic.Contribution([decode_section(section, size, k, code_bits)], weight, clip)
-        for section, weight, clip in zip(sections, weights, clips, strict=True)
-    ]
-    (update,) = arithmetic.merge(contributions, Layout((TensorSpec("t", (size,)),)), rule, alpha)
-    return update
+KINDS = [ordinary, ordinary, ties, all_equal, zeros, few, denormal, almost_absent, huge, any_bits]
 
 
-def check_merge(
-    sections: list[bytes],
-    weights: list[int],
-    clips: list[int],
-    size: int,
-    k: int,
-    code_bits: int,
-    rule: str,
-    alpha: int,
-) -> None:
-    update = reference_merge(sections, weights, clips, size, k, code_bits, rule, alpha)
-    expected = encode_update_section(update)
-    outer = np.random.default_rng(size).standard_normal(size).astype(np.float32)
-    stepped = outer.copy()
-    apply_update(stepped, Layout((TensorSpec("t", (size,)),)), [update])
-    total = sum(weights)
-    for name in instruction_sets():
-        for threads in (1, 3):
-            merged = NATIVE.merge(sections, weights, clips, size, k, code_bits, rule, total, alpha, threads)
-            assert merged == expected, name
-            mine = outer.copy()
-            NATIVE.outer_step(mine, merged, threads)
-            assert same_bits(mine, stepped), name
-        assert NATIVE.check_update_section(expected, size) == len(update.indices), name
+def values_of(size: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """A kind of values for each chunk."""
+    lengths = chunk_lengths(size)
+    chosen = rng.integers(len(KINDS), size=len(lengths))
+    parts = [KINDS[kind](rng, int(length)) for kind, length in zip(chosen, lengths, strict=True)]
+    return np.concatenate(parts).astype(np.float32)
 
 
-@settings(deadline=None, max_examples=150)
-@given(
-    size=SIZES,
-    k=KS,
-    code_bits=st.sampled_from([1, 2]),
-    count=st.sampled_from([1, 2, 3, 16]),
-    rule=st.sampled_from(arithmetic.RULES),
-    weights=st.sampled_from(["equal", "any", "largest"]),
-    clips=st.sampled_from(["none", "any"]),
-    alpha=st.sampled_from([1, 65536, 90001, 1 << 18]),
-    seed=SEEDS,
-)
-def test_merge_and_outer_step(
-    size: int, k: int, code_bits: int, count: int, rule: str, weights: str, clips: str, alpha: int, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    sections = []
-    for _ in range(count):
-        if rng.random() < 0.5:
-            sections.append(encode_section(random_sparse(size, k, code_bits, rng), k, code_bits))
+def flows_of(size: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], ...]:
+    """Residual, outer and local, of which often one alone decides, so that the kinds show in acc."""
+    flows = tuple(values_of(size, rng) for _ in range(3))
+    for flow in flows:
+        if rng.random() < 0.4:
+            flow[:] = rng.choice([0.0, -0.0])
         else:
-            sections.append(encode_section(compress(inputs(size, "uneven", rng)[0], k, code_bits)[0], k, code_bits))
-    check_merge(
-        sections, draw_weights(weights, count, rng), draw_clips(clips, count, rng), size, k, code_bits, rule, alpha
+            np.divide(flow, 4, out=flow)  # so that sums of huge values stay finite
+    return flows
+
+
+def check_compress(kernels: Native, size: int, k: int, code_bits: int, beta: float, seed: int) -> None:
+    flows = flows_of(size, np.random.default_rng(seed))
+    acc = reference.error_feedback(flows[0], flows[1], flows[2], beta)
+    sparse, rest = reference.compress(acc, k, code_bits)
+    expected = encode_section(sparse, k, code_bits)
+    for threads in THREADS:
+        residual, outer, local = (flow.copy() for flow in flows)
+        section, positions, originals = kernels.compress(residual, outer, local, beta, k, code_bits, threads)
+        assert section == expected
+        np.testing.assert_array_equal(bits(residual), bits(rest))
+        np.testing.assert_array_equal(bits(outer), bits(flows[1]), "only the residual changes")
+        np.testing.assert_array_equal(bits(local), bits(flows[2]), "only the residual changes")
+        np.testing.assert_array_equal(positions, sparse.indices)
+        residual[positions] = originals
+        np.testing.assert_array_equal(bits(residual), bits(acc), "what was taken can be put back")
+    assert kernels.encode(sparse, k, code_bits) == expected
+    assert kernels.check_section(expected, size, k, code_bits) == len(sparse.indices)
+
+
+@quick
+@given(sizes, ks, code_bits_of, st.sampled_from([0.0, 0.5, 0.95, 1.0]), seeds)
+def test_compress_is_bit_equal(kernels: Native, size: int, k: int, code_bits: int, beta: float, seed: int) -> None:
+    check_compress(kernels, size, k, code_bits, beta, seed)
+
+
+@pytest.mark.parametrize("code_bits", [1, 2])
+@pytest.mark.parametrize("k", [64, 256])
+def test_compress_is_bit_equal_with_several_threads(kernels: Native, k: int, code_bits: int) -> None:
+    check_compress(kernels, MANY, k, code_bits, 0.95, k + code_bits)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("size", [1, 5, CHUNK, CHUNK + 1, MANY])
+def test_compress_refuses_what_is_not_finite(kernels: Native, size: int, bad: float) -> None:
+    for place in (0, size // 2, size - 1):
+        for threads in THREADS:
+            residual, outer, local = (np.ones(size, np.float32) for _ in range(3))
+            local[place] = bad
+            with pytest.raises(ValueError, match="NaN or infinity"):
+                kernels.compress(residual, outer, local, 0.95, 64, 2, threads)
+
+
+def test_compress_refuses_sums_that_overflow(kernels: Native) -> None:
+    residual, outer = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
+    local = np.zeros(CHUNK, np.float32)
+    outer[77], local[77] = 3e38, -3e38
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        kernels.compress(residual, outer, local, 0.95, 64, 2)
+
+
+def sparse_of(size: int, k: int, code_bits: int, rng: np.random.Generator, present: float = 0.8) -> SparseTensor:
+    """A section that no peer would make, but each may send: any scales, ratios, positions and codes that are valid."""
+    counts, lengths = kept_per_chunk(size, k), chunk_lengths(size)
+    scales = rng.integers(1, 256, len(counts)).astype(np.uint8)
+    scales[rng.random(len(counts)) < 0.2] = 255
+    scales[rng.random(len(counts)) >= present] = 0
+    ratios = np.zeros(len(counts), np.uint8)
+    indices, codes = [], []
+    for chunk in np.flatnonzero(scales):
+        count, length = int(counts[chunk]), int(lengths[chunk])
+        reach = length if rng.random() < 0.7 else min(length, 2 * count)
+        indices.append(chunk * CHUNK + length - reach + np.sort(rng.permutation(reach)[:count]))
+        code = rng.integers(0, 2, count).astype(np.uint8)
+        if code_bits == 2 and count > 1 and rng.random() < 0.8:
+            ratios[chunk] = rng.integers(1, 64)
+            code |= (2 * rng.integers(0, 2, count)).astype(np.uint8)
+            code[[0, -1]] = (code[[0, -1]] & 1) | (0, 2)
+        codes.append(code)
+    empty = np.empty(0, np.int64)
+    return SparseTensor(
+        size, scales, ratios, np.concatenate([empty, *indices]), np.concatenate([empty[:0].astype(np.uint8), *codes])
     )
 
 
-@pytest.mark.parametrize("rule", arithmetic.RULES)
-def test_merge_of_the_largest_values_and_numbers(rule: str) -> None:
-    """1024 contributors with the largest weight and scale fill 63 bits."""
-    size, k = 4096, 8
+def update_of(size: int, rng: np.random.Generator, present: float = 0.8) -> UpdateTensor:
+    """Any valid update of one tensor."""
+    lengths = chunk_lengths(size)
+    counts = rng.integers(1, lengths + 1) * (rng.random(len(lengths)) < present)
+    if rng.random() < 0.5:
+        counts = np.minimum(counts, rng.integers(1, 40))
+    exponents = np.where(counts > 0, rng.integers(0, EXPONENT_MAX + 1, len(counts)), 0)
+    indices, values = [np.empty(0, np.int64)], [np.empty(0, np.int8)]
+    for chunk in np.flatnonzero(counts):
+        count = int(counts[chunk])
+        indices.append(chunk * CHUNK + np.sort(rng.permutation(int(lengths[chunk]))[:count]))
+        value = rng.integers(1, 128, count) * rng.choice([-1, 1], count)
+        value[rng.integers(count)] = rng.choice([-127, -64, 64, 127])
+        values.append(value.astype(np.int8))
+    return UpdateTensor(
+        size, counts.astype(np.uint16), exponents.astype(np.uint8), np.concatenate(indices), np.concatenate(values)
+    )
+
+
+@quick
+@given(sizes, ks, code_bits_of, seeds)
+def test_encode_and_check_agree_on_any_valid_section(
+    kernels: Native, size: int, k: int, code_bits: int, seed: int
+) -> None:
+    sparse = sparse_of(size, k, code_bits, np.random.default_rng(seed))
+    section = encode_section(sparse, k, code_bits)
+    assert packing.check_section(section, size, k, code_bits) == len(sparse.indices)
+    assert kernels.encode(sparse, k, code_bits) == section
+    assert kernels.check_section(section, size, k, code_bits) == len(sparse.indices)
+
+
+def check_merge(kernels: Native, sparse: Sequence[SparseTensor], k: int, code_bits: int, seed: int) -> bytes:
+    """Both rules, with weights, clip factors and alpha of many kinds, and now and then packets that lie elsewhere."""
+    rng = np.random.default_rng(seed)
+    size, count = sparse[0].size, len(sparse)
+    weights, clips = (
+        [[highest] * count, [1] * count, [1024] * count, rng.integers(1, highest + 1, count).tolist()][rng.integers(4)]
+        for highest in (WEIGHT_MAX, CLIP_ONE)
+    )
+    alpha_q16 = [1, 40000, 65536, ALPHA_MAX, int(rng.integers(1, ALPHA_MAX))][rng.integers(5)]
+    total_weight = min(sum(weights) + int(rng.choice([0, 0, 1, 4096])), CONTRIBUTORS_MAX * WEIGHT_MAX)
+    total = arithmetic.zero(size)
+    for tensor, weight, clip in zip(sparse, weights, clips, strict=True):
+        arithmetic.add(total, tensor, weight, clip)
+    sections = [encode_section(tensor, k, code_bits) for tensor in sparse]
+    section = b""
+    for rule in arithmetic.RULES:
+        step = arithmetic.quotient(total, rule, total_weight, alpha_q16)
+        expected = encode_update_section(update.to_update_tensor(step))
+        for threads in THREADS:
+            section = kernels.merge(
+                sections, weights, clips, size, k, code_bits, rule, total_weight, alpha_q16, threads
+            )
+            assert section == expected
+    return section
+
+
+@quick
+@given(sizes, ks, code_bits_of, st.sampled_from([1, 2, 3, 8, 20]), seeds)
+def test_merge_is_bit_equal(kernels: Native, size: int, k: int, code_bits: int, count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    check_merge(kernels, [sparse_of(size, k, code_bits, rng) for _ in range(count)], k, code_bits, seed)
+
+
+@quick
+@given(sizes, ks, code_bits_of, st.sampled_from([2, 5]), seeds)
+def test_merge_of_what_peers_compress_is_bit_equal(
+    kernels: Native, size: int, k: int, code_bits: int, count: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    accs = [np.clip(values_of(size, rng), -1e30, 1e30) for _ in range(count)]
+    check_merge(kernels, [reference.compress(acc, k, code_bits)[0] for acc in accs], k, code_bits, seed)
+
+
+def test_merge_of_a_full_round_is_bit_equal(kernels: Native) -> None:
+    """1024 packets with the largest values and weights there are: the sums need all 63 bits."""
     rng = np.random.default_rng(5)
-    positions = np.arange(0, 4096, 512, dtype=np.int64)
-    sparse = SparseTensor(size, np.array([255], np.uint8), np.zeros(1, np.uint8), positions, np.zeros(8, np.uint8))
-    sections = [encode_section(sparse, k, 2)] * 1000
-    sections += [encode_section(random_sparse(size, k, 2, rng), k, 2) for _ in range(24)]
-    check_merge(sections, [4096] * 1024, [65536] * 1024, size, k, 2, rule, 1 << 18)
-    check_merge(sections, rng.integers(1, 4097, 1024).tolist(), [65535] * 1024, size, k, 2, rule, 65536)
+    sparse = [sparse_of(300, 256, 2, rng, present=1.0) for _ in range(1024)]
+    check_merge(kernels, sparse, 256, 2, seed=1)
+    for tensor in sparse:
+        tensor.scales[:] = 255
+    for seed in (2, 3):
+        check_merge(kernels, sparse, 256, 2, seed)
 
 
-def test_merge_of_several_blocks() -> None:
-    size = 2050 * 4096 + 9
-    rng = np.random.default_rng(6)
-    sections = [encode_section(random_sparse(size, 3, 2, rng), 3, 2) for _ in range(3)]
-    check_merge(sections, [1024, 7, 4000], [65536, 65536, 1000], size, 3, 2, "mean_of_senders", 65536)
+def check_outer_step(kernels: Native, tensor: UpdateTensor, outer: NDArray[np.float32]) -> None:
+    expected = outer.copy()
+    update.apply_update(expected, Layout((TensorSpec("a", (outer.size,)),)), [tensor])
+    section = encode_update_section(tensor)
+    for threads in THREADS:
+        stepped = outer.copy()
+        kernels.outer_step(stepped, section, threads)
+        np.testing.assert_array_equal(bits(stepped), bits(expected))
 
 
-def verdict(check: Callable[..., int], *arguments: bytes | int) -> tuple[Code | None, int]:
-    """The code that refuses a section, or how many values it has."""
-    try:
-        return None, check(*arguments)
-    except ProtocolError as error:
-        return error.code, 0
+@quick
+@given(sizes, seeds)
+def test_outer_step_is_bit_equal(kernels: Native, size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tensor = update_of(size, rng)
+    section = encode_update_section(tensor)
+    assert update.check_update_section(section, size) == len(tensor.values)
+    assert kernels.check_update_section(section, size) == len(tensor.values)
+    check_outer_step(kernels, tensor, values_of(size, rng))
 
 
-def mutate(data: bytes, other: bytes, tables: int, rng: np.random.Generator) -> bytes:
-    """Flip, set, cut, insert or splice a few bytes, in the tables at the front more often than their share."""
-    mutant = bytearray(data)
-    for _ in range(rng.integers(1, 4)):
-        reach = min(len(mutant), tables) if rng.random() < 0.5 else len(mutant)
-        place = int(rng.integers(0, max(reach, 1)))
-        match rng.integers(0, 6):
-            case 0 if mutant:
-                mutant[place] ^= 1 << rng.integers(0, 8)
-            case 1 if mutant:
-                mutant[place] = rng.choice([0, 1, 63, 64, 127, 128, 254, 255])
-            case 2:
-                del mutant[place : place + rng.integers(1, 5)]
-            case 3:
-                mutant[place:place] = rng.integers(0, 256, rng.integers(1, 5), dtype=np.uint8).tobytes()
-            case 4:
-                mutant[place:] = other[place:]
-            case _:
-                # The bytes move but their number stays, so that later rules are reached.
-                moved = mutant[place : place + 1]
-                del mutant[place : place + 1]
-                mutant[int(rng.integers(0, len(mutant) + 1)) : 0] = moved
-    return bytes(mutant)
-
-
-SHAPES = [(1, 1), (5, 4096), (300, 64), (4096, 64), (4097, 1000), (9000, 20), (3 * 4096, 4096), (1025 * 4096 + 3, 1)]
-
-
-@pytest.mark.parametrize(("size", "k"), SHAPES)
 @pytest.mark.parametrize("code_bits", [1, 2])
-def test_mutated_packet_sections_get_the_same_verdict(size: int, k: int, code_bits: int) -> None:
-    rng = np.random.default_rng([size, k, code_bits])
-    sections = [encode_section(random_sparse(size, k, code_bits, rng), k, code_bits) for _ in range(4)]
-    tables = -(-size // 4096) * code_bits + 4 * (-(-size // (1024 * 4096)))
-    seen = set()
-    for number in range(60 if size > 1 << 20 else 400):
-        mutant = mutate(sections[number % 4], sections[(number + 1) % 4], tables, rng)
-        expected = verdict(check_section, mutant, size, k, code_bits)
-        seen.add(expected[0])
-        for name in instruction_sets():
-            mine = verdict(NATIVE.check_section, mutant, size, k, code_bits)
-            assert mine == expected, (name, number, mutant.hex()[:200])
-            if expected[0]:
-                with refused(expected[0]):
-                    NATIVE.merge([sections[0], mutant], [1, 1], [65536, 65536], size, k, code_bits, "mean", 2, 65536)
-    assert len(seen) > 1, "some mutants are refused, and not all for the same reason or all of them"
+def test_sections_of_several_blocks_are_bit_equal(kernels: Native, code_bits: int) -> None:
+    rng = np.random.default_rng(code_bits)
+    sparse = [sparse_of(BLOCKS, 3, code_bits, rng, present=0.3) for _ in range(2)]
+    section = encode_section(sparse[0], 3, code_bits)
+    assert kernels.encode(sparse[0], 3, code_bits) == section
+    assert kernels.check_section(section, BLOCKS, 3, code_bits) == len(sparse[0].indices)
+    merged = check_merge(kernels, sparse, 3, code_bits, code_bits)
+    tensor = update.decode_update_section(merged, BLOCKS)
+    check_outer_step(kernels, tensor, np.linspace(-1, 1, BLOCKS, dtype=np.float32))
 
 
-@pytest.mark.parametrize("size", sorted({size for size, _ in SHAPES}))
-def test_mutated_update_sections_get_the_same_verdict(size: int) -> None:
-    rng = np.random.default_rng(size)
-    k = 1 if size > 1 << 20 else 200
-    updates = []
-    for _ in range(4):
-        sections = [encode_section(random_sparse(size, k, 2, rng), k, 2) for _ in range(2)]
-        updates.append(encode_update_section(reference_merge(sections, [1, 2], [65536, 9], size, k, 2, "mean", 65536)))
-    tables = 3 * -(-size // 4096) + 4 * (-(-size // (1024 * 4096)))
-    outer = rng.standard_normal(size).astype(np.float32)
+@pytest.mark.slow
+@pytest.mark.parametrize("code_bits", [1, 2])
+def test_compression_of_several_blocks_is_bit_equal(kernels: Native, code_bits: int) -> None:
+    check_compress(kernels, BLOCKS, 64, code_bits, 0.95, code_bits)
+
+
+# Where mutations start from: shapes of sections, some with more than one block.
+SHAPES = [(1, 4, 2), (300, 600, 2), (CHUNK, 64, 2), (CHUNK + 5, 64, 1), (3 * CHUNK + 700, 200, 2), (5 * CHUNK, 4096, 1)]
+LARGE_SHAPE = (BLOCKS, 1, 2)
+
+
+def outcome(check: Callable[..., int], data: bytes, *shape: int) -> str:
+    try:
+        return f"{check(data, *shape)} values"
+    except ProtocolError as error:
+        return error.code.name
+
+
+def mutations_of(valid: Sequence[bytes], count: int, seed: int) -> Iterator[bytes]:
+    """Valid sections with one change or, less often, a few."""
+    chance = random.Random(seed)
+    for _ in range(count):
+        data = mutate(chance.choice(valid), chance.choice(valid), chance)
+        while chance.random() < 0.3:
+            data = mutate(data, chance.choice(valid), chance)
+        yield data
+
+
+def check_verdicts(kernels: Native, shape: tuple[int, int, int], count: int, seed: int) -> set[str]:
+    """Check, merge and the reference must agree on mutated sections of packets. Returns what came of them."""
+    size, k, code_bits = shape
+    rng = np.random.default_rng(seed)
+    valid = [encode_section(sparse_of(size, k, code_bits, rng), k, code_bits) for _ in range(4)]
     seen = set()
-    for number in range(60 if size > 1 << 20 else 400):
-        mutant = mutate(updates[number % 4], updates[(number + 1) % 4], tables, rng)
-        expected = verdict(check_update_section, mutant, size)
-        seen.add(expected[0])
-        for name in instruction_sets():
-            mine = verdict(NATIVE.check_update_section, mutant, size)
-            assert mine == expected, (name, number, mutant.hex()[:200])
-        if expected[0]:
-            stepped = outer.copy()
-            with refused(expected[0]):
-                NATIVE.outer_step(stepped, mutant)
-            assert same_bits(stepped, outer), "a refused update changes nothing"
-    assert len(seen) > 1, "some mutants are refused, and not all for the same reason or all of them"
+    for number, data in enumerate(mutations_of(valid, count, seed)):
+        expected = outcome(packing.check_section, data, *shape)
+        seen.add(expected)
+        for name in each_instruction_set(kernels):
+            assert outcome(kernels.check_section, data, *shape) == expected, (name, shape, seed, number)
+        if expected in Code.__members__ and size < BLOCKS:
+            with pytest.raises(ProtocolError) as caught:
+                kernels.merge([valid[0], data], [1024, 1024], [CLIP_ONE, CLIP_ONE], *shape, "mean", 2048, 65536)
+            assert caught.value.code.name == expected, (shape, seed, number)
+    return seen
+
+
+def check_update_verdicts(kernels: Native, size: int, count: int, seed: int) -> set[str]:
+    """Check, outer step and the reference must agree on mutated sections of updates; a refused one changes nothing."""
+    rng = np.random.default_rng(seed)
+    valid = [encode_update_section(update_of(size, rng)) for _ in range(4)]
+    outer = values_of(size, rng)
+    before = outer.copy()
+    seen = set()
+    for number, data in enumerate(mutations_of(valid, count, seed)):
+        expected = outcome(update.check_update_section, data, size)
+        seen.add(expected)
+        for name in each_instruction_set(kernels):
+            assert outcome(kernels.check_update_section, data, size) == expected, (name, size, seed, number)
+        if expected in Code.__members__:
+            with pytest.raises(ProtocolError) as caught:
+                kernels.outer_step(outer, data, threads=3)
+            assert caught.value.code.name == expected, (size, seed, number)
+    np.testing.assert_array_equal(bits(outer), bits(before))
+    return seen
+
+
+PACKET_CODES = {"TRUNCATED", "TOO_LARGE", "BAD_RATIO", "BAD_BLOCKS", "BAD_INDEX", "BAD_CODE", "BAD_PADDING"}
+UPDATE_CODES = {"TRUNCATED", "TOO_LARGE", "BAD_COUNT", "BAD_BLOCKS", "BAD_INDEX", "BAD_EXPONENT", "BAD_VALUE"}
+
+
+@pytest.mark.parametrize(
+    ("count", "seed"), [pytest.param(400, 1, id="some"), pytest.param(15_000, 2, id="many", marks=pytest.mark.slow)]
+)
+def test_verdicts_on_mutated_sections_are_those_of_the_reference(count: int, seed: int) -> None:
+    kernels = loaded()
+    seen = check_verdicts(kernels, LARGE_SHAPE, count // 20, seed)
+    for shape in SHAPES:
+        seen |= check_verdicts(kernels, shape, count, seed)
+    assert seen >= PACKET_CODES and seen - PACKET_CODES, "every code is met, and valid sections too"
+
+
+@pytest.mark.parametrize(
+    ("count", "seed"), [pytest.param(400, 1, id="some"), pytest.param(15_000, 2, id="many", marks=pytest.mark.slow)]
+)
+def test_verdicts_on_mutated_updates_are_those_of_the_reference(count: int, seed: int) -> None:
+    kernels = loaded()
+    seen = set()
+    for size, _, _ in SHAPES:
+        seen |= check_update_verdicts(kernels, size, count, seed)
+    assert seen >= UPDATE_CODES and seen - UPDATE_CODES, "every code is met, and valid sections too"
