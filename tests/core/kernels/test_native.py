@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -178,6 +179,19 @@ def test_compress_refuses_sums_that_overflow(kernels: Native) -> None:
     outer[77], local[77] = 3e38, -3e38
     with pytest.raises(ValueError, match="NaN or infinity"):
         kernels.compress(residual, outer, local, 0.95, 64, 2)
+
+
+def test_a_caller_that_flushes_denormals_changes_nothing(kernels: Native) -> None:
+    rng = np.random.default_rng(3)
+    residual, outer, local = (denormal(rng, CHUNK + 9).astype(np.float32) for _ in range(3))
+    acc = reference.error_feedback(residual, outer, local, 0.95)
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this machine cannot flush denormals")
+        kernels.compress(residual, outer, local, 0.95, 64, 2)
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(bits(residual), bits(acc), "all chunks are absent, so the residual is acc")
 
 
 def sparse_of(size: int, k: int, code_bits: int, rng: np.random.Generator, present: float = 0.8) -> SparseTensor:
