@@ -246,14 +246,23 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
     return Calm(folder, found)
 
 
+def run_two(folder: Path, run: Path, *start: str) -> subprocess.CompletedProcess[str]:
+    """Let peer "two" live until it ends by itself; `start` is what Python runs."""
+    taste = ("--threads", "1", "--dtype", "float32", "--device", "cpu", "--json")
+    return subprocess.run(
+        [sys.executable, *start, "join", str(run / "invite.txt"), "--home", str(folder / "two"), *taste],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
 def die(folder: Path, run: Path, point: str, round: int) -> list[Event]:
     """Let peer "two" live until it kills itself; return its events."""
-    command = [sys.executable, "-m", "tests.peer.dying", point, str(round), "join", str(run / "invite.txt")]
-    taste = ("--home", str(folder / "two"), "--threads", "1", "--dtype", "float32", "--device", "cpu", "--json")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *taste], capture_output=True, text=True, timeout=100, cwd=ROOT, env=environment, check=False
-    )
+    done = run_two(folder, run, "-m", "tests.peer.dying", point, str(round))
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -304,6 +313,28 @@ def test_peers_stopped_at_random_moments_make_the_packets_that_they_would_have_m
             peers[name] = swarm.peer(name)
         finish(list(peers.values()), aggregator, PATIENT_ROUNDS)
     assert story(run) == calm.story, f"seed {seed}"
+
+
+@pytest.mark.timeout(300)
+def test_a_peer_whose_disk_is_full_ends_with_a_remedy_and_goes_on_once_there_is_room(
+    calm: Calm, tmp_path: Path
+) -> None:
+    run = calm.lay_out(tmp_path)
+    # Every file but the stored replica is smaller.
+    limited = (
+        "import resource, sys\n"
+        "from peer.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    with Swarm(tmp_path, run) as swarm:
+        aggregator, one = swarm.aggregator(), swarm.peer("one")
+        done = run_two(tmp_path, run, "-c", limited)
+        assert done.returncode == 1 and "error SL803 disk-full" in done.stderr, done.stderr[-3000:]
+        assert "replica.safetensors" in done.stderr and "  try: free some space" in done.stderr
+        assert not list((tmp_path / "two").rglob("*replica.safetensors*"))
+        finish([one, swarm.peer("two")], aggregator, PATIENT_ROUNDS)
+    assert story(run) == calm.story
 
 
 def test_a_peer_that_comes_back_long_after_settles_and_follows(tmp_path: Path) -> None:
