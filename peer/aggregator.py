@@ -187,6 +187,7 @@ class Aggregator:
 
     async def receipt(self, peer: bytes, digest: bytes) -> ReceiptMsg | None:
         """What is known of a packet without its bytes: it is here already, or it cannot count any more."""
+        self._demand_the_lead()
         known = self._folder.journal.packet(digest)
         if known is not None and known.verdict is not None:
             return ReceiptMsg(digest, known.verdict == Verdict.ACCEPTED, known.code)
@@ -208,8 +209,7 @@ class Aggregator:
             if round is self.round and error.code not in (Code.LATE, Code.WRONG_DIGEST, Code.NOT_A_MEMBER):
                 self._handle(Refused(peer, digest, error.code))
             return ReceiptMsg(digest, False, error.code)
-        if self.superseded.done():
-            raise ProtocolError(Code.BUSY, "another aggregator leads the run now")
+        self._demand_the_lead()
         if round is not self.round:
             return ReceiptMsg(digest, False, Code.LATE)
         receipt = self._handle(Arrived(peer, digest, header.tokens, header.inner_steps)).get(digest)
@@ -218,6 +218,10 @@ class Aggregator:
             _tell(self._observers, PacketStored(digest))
         log.info("packet", peer=peer, round=round.round, accepted=receipt.accepted, code=receipt.code)
         return receipt
+
+    def _demand_the_lead(self) -> None:
+        if self.superseded.done():
+            raise ProtocolError(Code.BUSY, "another aggregator leads the run now")
 
     async def blob(self, kind: str, digest: bytes) -> bytes | Path | None:
         """Whatever a peer may fetch by its digest; None when it is not here."""

@@ -43,7 +43,8 @@ log = structlog.get_logger()
 GOOD_PEERS_MAX = 16
 STRANGERS_MAX = 8
 DHT_TTL_S = 300
-LOOKUP_S = 8.0
+FIRST_LOOKUP_S = 8.0
+LOOKUP_S = 3.0  # where others are known already, a slow directory must not hold up a reconnection
 SHOW_S = 5.0
 MEET_S = 5.0
 DIAL_S = 15.0
@@ -150,7 +151,7 @@ class Finder:
         """Everywhere an aggregator may be, the one that led last first, each once. Never empty."""
         invite, strangers = self._invite, AdBook(self._invite.run_id)
         try:
-            async with asyncio.timeout(LOOKUP_S):
+            async with asyncio.timeout(FIRST_LOOKUP_S if self.run is None else LOOKUP_S):
                 found = await self._directory.lookup(aggregators_key(invite.run_id))
             self._note(found)
             if self.run is None:
@@ -216,6 +217,7 @@ class Finder:
                 log.info("another aggregator is away", address=place.address, why=str(error))
                 return None
 
+        self._harvest()
         others = [place for place in await self.places() if place.aggregators != (key.public,)]
         return [met for met in await asyncio.gather(*map(greet, others)) if met is not None]
 

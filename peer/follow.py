@@ -195,7 +195,15 @@ class Follower:
                 await self._jump(link, records[place:])
                 return
             eta_s = (time.monotonic() - began_s) / (place + 1) * (len(records) - place - 1)
-            log.info("copied", round=record.round, of=head.round, bytes=size, eta_s=round(eta_s))
+            log.info(
+                "copied",
+                round=record.round,
+                of=head.round,
+                packets=len(record.entries),
+                bytes=size,
+                eta_s=round(eta_s),
+                state_root=record.state_root.hex(),
+            )
 
     async def _missing(self, link: Link, head: RoundRecord) -> list[RoundRecord]:
         """The records from the first that is not here to the head."""
@@ -355,6 +363,7 @@ class Follower:
             check_claims(packet, self.run, round=head.round + 1, base_root=head.state_root)
             check_contents(packet, self.run)
             self._keep(digest, wire, arrived_ms=now_ms())
+            log.info("packet copied", peer=packet.header.peer, round=packet.header.round)
 
         with suppress(ProtocolError):
             # The aggregator should not have taken it; what its record says of it is another matter.

@@ -305,3 +305,10 @@ def event_ends(event: machines.ReplicaEvent, job: object) -> bool:
             return isinstance(job, CatchUp)
         case _:
             return False
+
+
+def test_an_aggregator_holds_the_packets_that_count_and_no_others() -> None:
+    machine = AggregatorRound(run_of({"quorum": "2"}), 5, b"", 0.0, members=frozenset({peer(1)}), taken_up=[arrived(2)])
+    machine.handle(arrived(1), 1.0)
+    assert machine.holds(peer(1), peer(1 + 10**6)) and machine.holds(peer(2), peer(2 + 10**6))
+    assert not machine.holds(peer(1), peer(2 + 10**6)) and not machine.holds(peer(3), peer(3 + 10**6))
