@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import dataclasses
+import json
 import os
 import signal
 import sys
@@ -105,10 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--rounds", type=int, help="rounds, instead of those of the settings")
     demo.set_defaults(command=_demo)
 
-    inspect = commands.add_parser("inspect", help="say what a file of this project holds")
-    inspect.add_argument("file", type=Path)
-    inspect.add_argument("--run", type=Path, help="run.bin of the run, to decode packets and updates in full")
-    inspect.set_defaults(command=_inspect)
+    _add_looking(commands.add_parser)
 
     _add_simulate(commands.add_parser("simulate", help="run a swarm of any size on a virtual clock, under faults"))
 
@@ -119,6 +117,32 @@ def _parser() -> argparse.ArgumentParser:
             "--plaintext-local", action="store_true", help="no TLS; works on the loopback interface only"
         )
     return parser
+
+
+def _add_looking(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that look at what is there."""
+    inspect = add_parser("inspect", help="say what a file of this project holds")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--run", type=Path, help="run.bin of the run, to decode packets and updates in full")
+    inspect.set_defaults(command=_inspect)
+    _add_audit(add_parser("audit", help="recompute rounds from packets, and name the first byte that differs"))
+    _add_status(add_parser("status", help="show the chain of a run at a glance"))
+
+
+def _add_audit(audit: argparse.ArgumentParser) -> None:
+    audit.add_argument("folder", type=Path, help="folder of a run, of an aggregator or of a mirror")
+    audit.add_argument("--from", dest="first", type=int, metavar="ROUND", help="first round (default 0)")
+    audit.add_argument("--to", dest="last", type=int, metavar="ROUND", help="last round (default: the newest)")
+    audit.add_argument("--json", action="store_true", help="write the report to stdout as JSON")
+    audit.set_defaults(command=_audit)
+
+
+def _add_status(status: argparse.ArgumentParser) -> None:
+    status.add_argument("source", help="an invite, or a folder that holds a ledger")
+    status.add_argument("--rounds", type=int, default=10, help="how many of the last rounds to show (10)")
+    status.add_argument("--json", action="store_true", help="write it to stdout as JSON")
+    status.add_argument("--plaintext-local", action="store_true", help="no TLS; works on the loopback interface only")
+    status.set_defaults(command=_status)
 
 
 def _add_simulate(simulate: argparse.ArgumentParser) -> None:
@@ -317,6 +341,30 @@ def _simulate(arguments: argparse.Namespace) -> int:
             print("\n".join(failure_lines(error, command_of(settings, arguments.argv))))
             return 1
         print("\n".join(report_lines(outcome, time.process_time() - began_s)))
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from peer.audit import audit, show_progress
+
+    reports = audit(arguments.folder, arguments.first, arguments.last, show_progress(sys.stderr))
+    if arguments.json:
+        print(json.dumps([report.to_json() for report in reports]))
+    else:
+        print("\n".join(line for report in reports for line in report.lines()))
+    return 0 if all(report.passed for report in reports) else 1
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from peer.status import status_of_folder, status_of_run
+
+    text = _invite_text(arguments.source)
+    if text.startswith("slp1"):
+        with Telemetry("status", file=None, json_stdout=False):
+            chain = asyncio.run(status_of_run(text, arguments.rounds, plaintext=arguments.plaintext_local))
+    else:
+        chain = status_of_folder(Path(text), arguments.rounds)
+    print(json.dumps(chain.to_json()) if arguments.json else "\n".join(chain.lines()))
     return 0
 
 
