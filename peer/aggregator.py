@@ -115,6 +115,7 @@ class Aggregator:
             self._loop.time(),
             history=self._history(),
             taken_up=self._packets_of_open_round(),
+            returning=self._contributors(),
         )
         self._opened_ms = now_ms()
         if self.head.round >= self.run.outer.rounds:
@@ -448,6 +449,15 @@ class Aggregator:
         """Packets that had their receipts before a crash still count."""
         rows = self._folder.journal.packets(self.head.round + 1)
         return [Arrived(row.peer, row.digest, row.tokens, row.inner_steps) for row in rows]
+
+    def _contributors(self) -> frozenset[bytes]:
+        """Whose packets counted in the last round in which any did: they are expected back."""
+        rows = self._folder.journal.records(max(1, self.head.round - HISTORY_ROUNDS + 1), self.head.round)
+        for row in reversed(rows):
+            entries = accepted(RoundRecord.from_bytes(row.data).entries)
+            if entries:
+                return frozenset(entry.peer for entry in entries)
+        return frozenset()
 
     def _history(self) -> ArrivalHistory:
         """When the packets of the last rounds came."""

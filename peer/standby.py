@@ -36,14 +36,13 @@ from protocol.ledger import RoundRecord
 from protocol.records import Ad
 from protocol.round import Tick, WakeAt
 from protocol.run import SignedRun
-from protocol.standby import Heard, Recorded, Standby, StandbyEvent, TakeOver
+from protocol.standby import LEASE_S_MIN, Heard, Recorded, Standby, StandbyEvent, TakeOver
 from protocol.wire import packet_wire_bytes_max
 
 log = structlog.get_logger()
 
 RETRY_S = 10.0
 MEET_S = 15.0  # how often a leader compares its head with those of the other aggregators
-LEASE_S_MIN = 1.0
 EPOCH = "epoch"  # in the journal: the newest epoch in which this aggregator set out to lead
 
 

@@ -147,8 +147,9 @@ _NO_HISTORY = ArrivalHistory()
 class AggregatorRound:
     """One round as the aggregator sees it, from its opening to its closing.
 
-    `taken_up` are packets of this round that had receipts before the aggregator restarted. They count, and because
-    nobody remembers who was expected besides, such a round does not close early.
+    `taken_up` are packets of this round that had receipts before the aggregator restarted, or another one took over;
+    they count. Nobody remembers who was there then, so such a round awaits those who are expected to come back,
+    `returning`; when that is not known either, it does not close early.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class AggregatorRound:
         members: frozenset[bytes] = frozenset(),
         history: ArrivalHistory = _NO_HISTORY,
         taken_up: Sequence[Arrived] = (),
+        returning: frozenset[bytes] = frozenset(),
     ) -> None:
         self.run = run
         self.round = round
@@ -174,7 +176,8 @@ class AggregatorRound:
         self._accepted: dict[bytes, Arrived] = {}
         for packet in taken_up:
             self._accepted.setdefault(packet.peer, packet)
-        self._restarted = bool(taken_up)
+        self._returning = returning
+        self._unknown = bool(taken_up) and not returning
         self._arrivals_s: list[float] = []
         self._refused: dict[bytes, Refused] = {}
         self._started = round > 1 or len(members) >= run.rounds.start_peers
@@ -251,10 +254,13 @@ class AggregatorRound:
         return Reject(event.peer, event.digest, event.code)
 
     def _awaited(self) -> set[bytes]:
-        """Whose packets are still to come: members since the opening, or if none is left, those who came later."""
+        """Whose packets are still to come: members since the opening, or if none is left, those who came later.
+
+        After a restart or a takeover also those who have not found their way back yet.
+        """
         candidates = self._present - set(self._refused)
         expected = candidates & self._opening or candidates
-        return expected - set(self._accepted)
+        return (expected | self._returning - set(self._refused)) - set(self._accepted)
 
     def _close_or_wait(self, now_s: float) -> list[AggregatorEffect]:
         if not self._started:
@@ -264,7 +270,7 @@ class AggregatorRound:
         if quorum and self._started:
             if self._grace_at_s is None:
                 self._grace_at_s = now_s + self.history.grace_s(now_s - self.started_s, self._rules)
-            if count == CONTRIBUTORS_MAX or not (self._restarted or self._awaited()):
+            if count == CONTRIBUTORS_MAX or not (self._unknown or self._awaited()):
                 return [self._close(Kind.APPLIED, CloseReason.COMPLETE)]
             if now_s >= min(self._grace_at_s, self.deadline_at_s):
                 grace = self._grace_at_s <= self.deadline_at_s

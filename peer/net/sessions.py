@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from peer.net.messages import SESSION_BYTES
 from protocol.errors import Code, ProtocolError
+from protocol.standby import HEARTBEAT_S
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class ServiceLimits:
     """The longest wait for the next frame of a submit, and for a slow reader to take one of a fetch."""
     bytes_per_s_min: int = 8 << 10
     """A submit slower than this in all is given up."""
-    heartbeat_s: float = 5.0
+    heartbeat_s: float = HEARTBEAT_S
     keepalive_s: float = 5.0
     keepalive_timeout_s: float = 10.0
 

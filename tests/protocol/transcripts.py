@@ -96,6 +96,7 @@ class Player:
             members=frozenset(named(item) for item in split(fields.get("members", ""))),
             history=ArrivalHistory(history),
             taken_up=[Arrived(named(peer), named(digest), 5120, 20) for peer, digest in taken_up],
+            returning=frozenset(named(item) for item in split(fields.get("returning", ""))),
         )
 
     def _record(self, fields: dict[str, str]) -> RoundRecord:
