@@ -157,6 +157,18 @@ def test_compress_is_bit_equal(kernels: Native, size: int, k: int, code_bits: in
 
 
 @pytest.mark.parametrize("code_bits", [1, 2])
+def test_a_chunk_is_absent_just_where_the_reference_says(kernels: Native, code_bits: int) -> None:
+    """The smallest scale is 9/8 of 2^-30, and what rounds to it is sent."""
+    for edge in (0.5, 1.0, 1.0625, 1.125):
+        for step in (-1, 0, 1):
+            word = np.array([edge * 2.0**-30], np.float32).view(np.uint32) + np.uint32(step % 2**32)
+            acc = np.resize(word.view(np.float32), CHUNK)
+            sparse, _ = reference.compress(acc, 64, code_bits)
+            section, _, _ = kernels.compress(np.zeros_like(acc), acc, np.zeros_like(acc), 1.0, 64, code_bits)
+            assert section == encode_section(sparse, 64, code_bits), (edge, step)
+
+
+@pytest.mark.parametrize("code_bits", [1, 2])
 @pytest.mark.parametrize("k", [64, 256])
 def test_compress_is_bit_equal_with_several_threads(kernels: Native, k: int, code_bits: int) -> None:
     check_compress(kernels, MANY, k, code_bits, 0.95, k + code_bits)
@@ -303,6 +315,28 @@ def test_merge_of_a_full_round_is_bit_equal(kernels: Native) -> None:
         check_merge(kernels, sparse, 256, 2, seed)
 
 
+@pytest.mark.parametrize("sign", [0, 1])
+def test_merge_divides_exactly_where_a_double_would_round_up(kernels: Native, sign: int) -> None:
+    """A sum one below 40,000 times a value that is rounded up: as a double the quotient is that value itself."""
+    total_weight, boundary = 40_000, 199 << 32
+    # Weight, scale and clip factor of packets that send the one position: values of 15 << 36, 9 << 36, 15 << 32, ...
+    terms = [(4096, 255, CLIP_ONE)] * 8 + [(33166 - 8 * 4096, 255, CLIP_ONE), (1, 249, CLIP_ONE)]
+    terms += [(1, 8 * (shift - 5) + 7, CLIP_ONE) for shift in range(8, 36, 4)] + [(1, 8, 255 << 7)]
+    one = np.zeros(1, np.int64)
+    code = np.array([sign], np.uint8)
+    sparse = [SparseTensor(1, np.array([scale], np.uint8), np.zeros(1, np.uint8), one, code) for _, scale, _ in terms]
+    total = arithmetic.zero(1)
+    for tensor, (weight, _, clip) in zip(sparse, terms, strict=True):
+        arithmetic.add(total, tensor, weight, clip)
+    assert abs(int(total.num[0])) == total_weight * boundary - 1
+    sections = [encode_section(tensor, 64, 2) for tensor in sparse]
+    weights, _, clips = zip(*terms, strict=True)
+    merged = kernels.merge(sections, weights, clips, 1, 64, 2, "mean", total_weight, 65536)
+    step = arithmetic.quotient(total, "mean", total_weight, 65536)
+    assert merged == encode_update_section(update.to_update_tensor(step))
+    assert abs(int(update.decode_update_section(merged, 1).values[0])) == 99, "and not 100"
+
+
 def check_outer_step(kernels: Native, tensor: UpdateTensor, outer: NDArray[np.float32]) -> None:
     expected = outer.copy()
     update.apply_update(expected, Layout((TensorSpec("a", (outer.size,)),)), [tensor])
@@ -404,6 +438,24 @@ def check_update_verdicts(kernels: Native, size: int, count: int, seed: int) -> 
 
 PACKET_CODES = {"TRUNCATED", "TOO_LARGE", "BAD_RATIO", "BAD_BLOCKS", "BAD_INDEX", "BAD_CODE", "BAD_PADDING"}
 UPDATE_CODES = {"TRUNCATED", "TOO_LARGE", "BAD_COUNT", "BAD_BLOCKS", "BAD_INDEX", "BAD_EXPONENT", "BAD_VALUE"}
+
+
+@pytest.mark.parametrize("k", [1, 27, 28, 29, 64, 300])
+def test_a_ratio_wants_high_and_low_values(kernels: Native, k: int) -> None:
+    """Each chunk alone: one value of the other kind is enough, wherever it is, and none is not."""
+    for chunk in range(3):
+        for places, code in [([], Code.BAD_RATIO), ([0], None), ([k - 1], None), ([k // 2], None)]:
+            for few, many in [(0, 2), (2, 0)]:
+                ratios = np.array([5 * (number == chunk) for number in range(3)], np.uint8)
+                codes = np.zeros((3, k), np.uint8)
+                codes[chunk] = many
+                codes[chunk, places] = few
+                indices = np.concatenate([np.arange(k) + number * CHUNK for number in range(3)])
+                sparse = SparseTensor(3 * CHUNK, np.full(3, 99, np.uint8), ratios, indices, codes.reshape(-1))
+                section = encode_section(sparse, k, 2)
+                expected = outcome(packing.check_section, section, 3 * CHUNK, k, 2)
+                assert expected == ("BAD_RATIO" if code or k == 1 else f"{3 * k} values")
+                assert outcome(kernels.check_section, section, 3 * CHUNK, k, 2) == expected
 
 
 @pytest.mark.parametrize(
