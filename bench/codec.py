@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bench import reference_wire, torch_codec
-from bench.floor import cpp_axpy, torch_axpy
+from bench.floor import Floor
 from bench.inputs import Inputs, enlarged, real_inputs, shuffled, with_packets
 from bench.real_gradients import (
     OPERATOR,
@@ -54,7 +54,8 @@ from protocol.wire import packet_from_wire, packet_to_wire
 PEERS = 16
 MEMORY_BYTES = {16: 3 << 30, 128: 10 << 30}  # what a size needs beside the interpreter
 ROOT = bytes(32)
-FLOOR = ("floor, torch", "floor, C++")
+FLOOR = "floor: in-place axpy over the same arrays"
+AXPY = "in-place axpy over two arrays"
 ENCODE = "ours: error feedback to packet"
 ENCODE_TORCH = "torch: topk, gather, quantize, pack"
 ENCODE_REFERENCE = "reference wire in torch"
@@ -213,6 +214,7 @@ def measure_encode(inputs: Inputs, turns: int, threads: int) -> dict[str, list[f
     whole = len(residual) // CHUNK * CHUNK
     cut = slice(0, whole)
     scratch: list[list[bytes]] = []
+    floor = Floor(in_torch=threads > 1)
 
     def ours() -> None:
         sections, _ = codec.compress(
@@ -227,7 +229,8 @@ def measure_encode(inputs: Inputs, turns: int, threads: int) -> dict[str, list[f
             reference_wire.encode(residual[part].mul_(rules.beta).add_(delta[part]), rules.k)
 
     contestants: dict[str, Callable[[], object]] = {
-        FLOOR[0]: lambda: torch_axpy(residual, delta, rules.beta),
+        FLOOR: lambda: floor.three(residual, inputs.outer, inputs.local, rules.beta),
+        AXPY: lambda: floor.two(residual, delta, rules.beta),
         **for_each_set(ENCODE, ours),
         "ours: packet to transport form": lambda: to_wire(run, scratch[0]),
         ENCODE_TORCH: lambda: torch_codec.encode(
@@ -235,9 +238,6 @@ def measure_encode(inputs: Inputs, turns: int, threads: int) -> dict[str, list[f
         ),
         ENCODE_REFERENCE: reference,
     }
-    axpy = cpp_axpy() if threads == 1 else None
-    if axpy is not None:
-        contestants[FLOOR[1]] = lambda: axpy(residual, delta, rules.beta)
     return take_turns(turns, contestants, lambda: residual.copy_(inputs.residual), threads)
 
 
@@ -266,11 +266,6 @@ def measure_merge(inputs: Inputs, packets: Sequence[Packets], turns: int, thread
     return take_turns(turns, contestants, lambda: None, threads)
 
 
-def floor_of(times: Times) -> str:
-    """The faster of the floors."""
-    return min((name for name in FLOOR if name in times), key=lambda name: statistics.median(times[name]))
-
-
 def measure(inputs: Inputs, packets: Sequence[Packets], sizes: Sizes | None, turns: int, threads: int) -> None:
     """Print everything about one size and k."""
     values, rules = inputs.run.layout.size, inputs.run.compression
@@ -280,12 +275,12 @@ def measure(inputs: Inputs, packets: Sequence[Packets], sizes: Sizes | None, tur
     if sizes is not None:
         show_sizes(sizes, len(packets[0].wire))
     encode = measure_encode(inputs, turns, threads)
-    floor = floor_of(encode)
     print("  encode")
     show(encode, values)
     for name in encode:
         if name.startswith(ENCODE):
-            print(f"    {name}: {ratio(encode, name, floor):.2f} x the {floor}", end="; ")
+            print(f"    {name}: {ratio(encode, name, FLOOR):.2f} floors", end=", ")
+            print(f"{ratio(encode, name, AXPY):.2f} axpys over two arrays", end="; ")
             print(f"{ratio(encode, ENCODE_TORCH, name):.1f} x faster than torch", end=", ")
             print(f"{ratio(encode, ENCODE_REFERENCE, name):.1f} x than the reference wire")
     merged = measure_merge(inputs, packets, turns, threads)
@@ -314,7 +309,7 @@ def summary(inputs: Inputs, turns: int) -> dict[str, float]:
     encode = measure_encode(inputs, turns, 1)
     merged = measure_merge(inputs, packets, turns, 1)
     return {
-        "encode_x_floor": ratio(encode, ENCODE, floor_of(encode)),
+        "encode_x_floor": ratio(encode, ENCODE, FLOOR),
         "encode_vs_torch": ratio(encode, ENCODE_TORCH, ENCODE),
         "merge_vs_scatter_add": ratio(merged, MERGE_TORCH, MERGE),
         "bits_per_value": sizes.bits_per_value,
