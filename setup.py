@@ -2,7 +2,7 @@
 
 from setuptools import Extension, setup
 
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"]
 # A fused multiply-add rounds once where the specification rounds twice.
 FLAGS += ["-ffp-contract=off"]
 

@@ -1,7 +1,8 @@
 // The fast paths of the codec on the CPU: compress, encode, check, merge and outer step (protocol/SPEC.md 4, 5 and 7).
 //
-// A plain C ABI, called through ctypes by native.py, which also allocates everything that leaves this file. Every result
-// is bit-equal to the numpy reference in protocol/, for any instruction set and any number of threads. Build with
+// A plain C ABI, called through ctypes by native.py, which also allocates everything that leaves this file. Every
+// result is bit-equal to the numpy reference in protocol/, for any instruction set and any number of threads. Build
+// with
 // -ffp-contract=off: a fused multiply-add has one rounding where the specification has two.
 //
 // How one file serves every x86-64: the algorithms are inline templates over a `Simd` class, and one small function per
@@ -15,6 +16,7 @@
 #include <atomic>
 #include <cfenv>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -25,7 +27,7 @@
 #include <immintrin.h>
 #endif
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "sections are read and written in place, and are little-endian");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "sections are little-endian and read and written in place");
 
 #define SL_EXPORT extern "C" __attribute__((visibility("default")))
 #define SL_INLINE [[gnu::always_inline]] inline
@@ -125,7 +127,7 @@ struct PacketForm {
     i64 section_bytes_max() const {
         const i64 last = tensor.chunks() - 1;
         const i64 gaps = last * gap_bytes_max(kept(0), CHUNK) + gap_bytes_max(kept(last), tensor.length(last));
-        return fixed_bytes() + (last == 0 ? gap_bytes_max(kept(0), tensor.length(0)) : gaps) + code_bytes(kept_in_all());
+        return fixed_bytes() + gaps + code_bytes(kept_in_all());
     }
 };
 
@@ -196,14 +198,15 @@ using Walk = const u8* (*)(const u8* at, const u8* end, int count, i64& reached)
 Walk walk_here();  // the fastest for this machine
 
 // Check BAD_BLOCKS and BAD_INDEX; the former, wherever it is, comes before the latter.
-template <class Count>
-int check_gaps(Walk walk, Tensor tensor, const u8* blocks, const u8* gaps, i64 gap_bytes, Count count_of) {
-    const u8* at = gaps;
-    const u8* const stop = gaps + gap_bytes;
+template <class Section, class Count>
+int check_gaps(Tensor tensor, const Section& section, Count count_of) {
+    const Walk walk = walk_here();
+    const u8* at = section.gaps;
+    const u8* const stop = section.gaps + section.gap_bytes();
     bool inside = true;
     for (i64 block = 0; block < tensor.blocks(); ++block) {
         const bool is_last = block + 1 == tensor.blocks();
-        const i64 length = is_last ? stop - at : static_cast<i64>(load<u32>(blocks + 4 * block));
+        const i64 length = is_last ? stop - at : static_cast<i64>(load<u32>(section.blocks + 4 * block));
         if (length > stop - at) return BAD_BLOCKS;
         const u8* const end = at + length;
         const i64 chunk_stop = std::min<i64>(tensor.chunks(), (block + 1) * BLOCK_CHUNKS);
@@ -290,7 +293,7 @@ int check_packet_section(const u8* data, i64 length, const PacketForm& form, Pac
     if (const int code = split_packet_section(data, length, form, section)) return code;
     if (form.code_bits == 2 && !ratios_are_good(form, section)) return BAD_RATIO;
     const auto count_of = [&](i64 chunk) { return section.scales[chunk] == 0 ? 0 : form.kept(chunk); };
-    if (const int code = check_gaps(walk_here(), form.tensor, section.blocks, section.gaps, section.gap_bytes(), count_of)) return code;
+    if (const int code = check_gaps(form.tensor, section, count_of)) return code;
     const int used_bits = static_cast<int>(section.values * form.code_bits % 8);
     if (used_bits != 0 && section.end[-1] >> used_bits != 0) return BAD_PADDING;
     return form.code_bits == 2 ? check_lows(form, section) : OK;
@@ -346,7 +349,7 @@ int check_whole_update_section(const u8* data, i64 length, Tensor tensor, Update
     }
     if (!good) return BAD_EXPONENT;
     const auto count_of = [&](i64 chunk) { return section.count(chunk); };
-    if (const int code = check_gaps(walk_here(), tensor, section.blocks, section.gaps, section.gap_bytes(), count_of)) return code;
+    if (const int code = check_gaps(tensor, section, count_of)) return code;
     return check_values(tensor, section);
 }
 
@@ -384,7 +387,7 @@ class BitWriter {
     int filled_ = 0;
 };
 
-// Write the gaps of ascending indices; return where they end. Most runs have no gap of 255 or more, and then a gap is a byte.
+// Write the gaps of ascending indices; return where they end. In most runs no gap is 255 or more, and each is a byte.
 template <class Simd>
 SL_INLINE u8* write_gaps(const u16* indices, int count, u8* to) {
     int previous = -1;
@@ -410,8 +413,8 @@ SL_INLINE u8* write_gaps(const u16* indices, int count, u8* to) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Compressing one chunk (SPEC 4)
 
-// Chunks that go through the error feedback together before the first of them is quantized, so that the memory is read in
-// long runs; they stay in the second-level cache.
+// Chunks that go through the error feedback together before the first of them is quantized, so that the memory is read
+// in long runs; they stay in the second-level cache.
 constexpr int BATCH = 8;
 
 // The values of a chunk that may be among the largest.
@@ -420,16 +423,43 @@ struct Candidates {
     alignas(64) u16 indices[CHUNK + 2 * LANES];
     int count;
     u32 least;  // all that have this magnitude are among them, and no others
+
+    // Vectors reach beyond the last candidate; what they find there is smaller than any.
+    SL_INLINE void pad() {
+        for (int i = 0; i < LANES; ++i) bits[count + i] = 0;
+    }
+};
+
+// Neighbouring chunks have similar cuts. So the error feedback already collects candidates while it waits for memory,
+// from a magnitude on that the cut most likely reaches: the mean of the cuts so far less twice their mean deviation,
+// both fading. Bits of magnitudes are close to logarithms, so differences mean ratios. No guess changes what is chosen.
+class Guess {
+   public:
+    u32 least() const { return least_; }
+
+    void learn(u32 cut) {
+        const i64 off = static_cast<i64>(cut) - mean_;
+        mean_ = mean_ == 0 ? cut : mean_ + off / 8;
+        deviation_ += (std::min(std::abs(off), FAR) - deviation_) / 8;
+        least_ = static_cast<u32>(std::max<i64>(1, mean_ - 2 * deviation_ - MARGIN));
+    }
+
+   private:
+    static constexpr i64 FAR = 1 << 24;     // a factor of four
+    static constexpr i64 MARGIN = 1 << 17;  // one percent
+    i64 mean_ = 0;
+    i64 deviation_ = FAR / 16;
+    u32 least_ = MAGNITUDE;
 };
 
 struct CompressScratch {
     Candidates candidates[BATCH];
-    alignas(64) u32 maxima[BATCH][CHUNK];
+    alignas(64) u16 maxima[BATCH][CHUNK];
     alignas(64) u32 fixed[CHUNK + LANES];
     alignas(64) float rest[CHUNK];
     alignas(64) u8 codes[CHUNK];
     alignas(64) float short_chunk[3][CHUNK];  // the last chunk of a tensor, filled up with zeros
-    u32 guess = MAGNITUDE;  // what the smallest kept magnitude of a chunk to come may be at least
+    Guess guess;
 };
 
 // Up to BATCH whole chunks.
@@ -460,15 +490,19 @@ struct Threshold {
 
 // The largest threshold that the magnitudes of at least k values reach, found two bits at a time; any that at most
 // k + slack reach will do. All lie between `least` and `most`; those above the n-th are 0 and not counted.
-template <class Simd>
-SL_INLINE Threshold find_threshold(const u32* values, int n, int k, u32 least, u32 most, int slack) {
-    const int padded = (n + LANES - 1) / LANES * LANES;
+template <class Simd, class Value>
+SL_INLINE Threshold find_threshold(const Value* values, int n, int k, u32 least, u32 most, int slack) {
+    constexpr int WIDTH = 4 * LANES / static_cast<int>(sizeof(Value));
+    constexpr u64 LARGEST = sizeof(Value) == 4 ? MAGNITUDE : 0x7fff;
+    const int padded = (n + WIDTH - 1) / WIDTH * WIDTH;
     const int pairs = (bit_length(least ^ most) + 1) / 2;
     Threshold found{static_cast<u32>(u64{least} >> (2 * pairs) << (2 * pairs)), n};
     for (int pair = pairs - 1; pair >= 0 && found.count > k + slack; --pair) {
         const u32 step = 1u << (2 * pair);
         u32 limits[3];
-        for (u32 i = 0; i < 3; ++i) limits[i] = static_cast<u32>(std::min<u64>(found.bits + (i + 1) * u64{step}, MAGNITUDE));
+        for (u32 i = 0; i < 3; ++i) {
+            limits[i] = static_cast<u32>(std::min<u64>(found.bits + (i + 1) * u64{step}, LARGEST));
+        }
         int counts[4] = {found.count};
         Simd::count_from(values, padded, limits, counts + 1);
         const int steps = (counts[1] >= k) + (counts[2] >= k) + (counts[3] >= k);
@@ -482,15 +516,15 @@ SL_INLINE Threshold find_threshold(const u32* values, int n, int k, u32 least, u
 // the number of candidates low.
 SL_INLINE int rows_of_block(int count) { return count <= 128 ? 16 : count <= 256 ? 8 : count <= 512 ? 4 : 1; }
 
-// Narrow the candidates down to the `count` largest, the lower index first where magnitudes are equal. Returns a threshold
-// that all that are kept reach.
+// Narrow the candidates down to the `count` largest, the lower index first where magnitudes are equal. Returns a
+// threshold that all that are kept reach.
 template <class Simd>
 SL_INLINE u32 keep_largest(Candidates& candidates, int count, u32 most) {
     u32* const bits = candidates.bits;
     u16* const indices = candidates.indices;
     const int n = candidates.count;
     if (n == count) return candidates.least;
-    for (int i = 0; i < LANES; ++i) bits[n + i] = 0;
+    candidates.pad();
     const Threshold cut = find_threshold<Simd>(bits, n, count, candidates.least, most, 0);
     if (cut.count == count) {
         Simd::keep_from(candidates, cut.bits);
@@ -528,7 +562,8 @@ SL_INLINE Share above(const u32* fixed, int padded, u32 limit) {
     return {count, sum};
 }
 
-// A chunk's two magnitudes, and which values take which: a value is low when it is at most `limit` and there is a ratio.
+// A chunk's two magnitudes, and which values take which: a value is low when it is at most `limit` and there is a
+// ratio.
 struct Quantizer {
     int scale;  // 0: the chunk is absent
     int ratio;
@@ -553,8 +588,9 @@ SL_INLINE Split split_at(const u32* fixed, int padded, int n, u64 total, u64 lim
     return {static_cast<u32>(limit), true, high, (total - share.sum) / static_cast<u64>(n - share.count)};
 }
 
-// Steps 3 to 7 of SPEC 4 for n kept values, of whose magnitudes the largest is at least 2^-31. Then one unit of `fixed` is
-// 2^(exponent - 156) and the largest is 2^29 or more, so no mean is 0. Of integers, x * n > S where x > floor(S / n).
+// Steps 3 to 7 of SPEC 4 for n kept values, of whose magnitudes the largest is at least 2^-31. Then one unit of `fixed`
+// is 2^(exponent - 156) and the largest is 2^29 or more, so no mean is 0. Of integers, x * n > S where x > floor(S /
+// n).
 SL_INLINE Quantizer quantize(const u32* bits, int n, u32 most, int code_bits, u32* fixed) {
     const int exponent = std::max(1, static_cast<int>(most >> 23));
     for (int i = 0; i < n; ++i) {
@@ -649,32 +685,32 @@ SL_INLINE void fetch_ahead(const ChunkOutput& out, int count) {
     for (int i = 0; i < count; i += 16) __builtin_prefetch(out.originals + count + i, 1, 2);
 }
 
-// Neighbouring chunks have similar cuts. So the error feedback already collects candidates, from somewhat below the cuts
-// seen so far, while it waits for memory. Where that finds too few or very many, the block maxima give a threshold
-// that cannot fail. Either way the same values are chosen in the end.
-SL_INLINE u32 next_guess(u32 guess, u32 cut, bool missed) {
-    constexpr i64 MARGIN = 0x50000;  // some three percent
-    const i64 aim = static_cast<i64>(cut) - MARGIN;
-    const i64 next = missed ? aim : static_cast<i64>(guess) + (aim - static_cast<i64>(guess)) / 8;
-    return static_cast<u32>(std::max<i64>(next, 1));
+// Bring the candidates to not many more than `count`. The k-th largest maximum is reached by k values in as many
+// blocks, so it cannot be too large a threshold; the upper half of its bits is close enough.
+template <class Simd>
+SL_INLINE void narrow_down(const float* acc, int count, u32 most, const u16* maxima, Candidates& candidates) {
+    if (candidates.count >= count && candidates.count <= 2 * count) return;
+    const int blocks = CHUNK / rows_of_block(count);
+    const u32 smallest = *std::min_element(maxima, maxima + blocks);
+    const u32 least = find_threshold<Simd>(maxima, blocks, count, smallest, most >> 16, count / 8).bits << 16;
+    if (candidates.least > least) {
+        candidates.least = least;
+        Simd::pick_from(acc, candidates);
+    } else {
+        candidates.pad();
+        Simd::keep_from(candidates, least);
+    }
 }
 
 template <class Simd>
-SL_INLINE void compress_chunk(const ChunkInput& in, u32 most, const u32* maxima, Candidates& candidates,
+SL_INLINE void compress_chunk(const ChunkInput& in, u32 most, const u16* maxima, Candidates& candidates,
                               CompressScratch& scratch, ChunkOutput& out) {
     constexpr u32 ABSENT = 0x30000000;  // 2^-31: below it no scale rounds to more than 2^-30
     *out.scales = *out.ratios = 0;
     if (most < ABSENT) return;
     fetch_ahead(out, in.count);
-    const bool missed = candidates.count < in.count || candidates.count > 4 * in.count;
-    if (missed) {
-        const int m = CHUNK / rows_of_block(in.count);
-        const u32 smallest = *std::min_element(maxima, maxima + m);
-        candidates.least = find_threshold<Simd>(maxima, m, in.count, smallest, most, in.count / 16).bits;
-        Simd::pick_from(in.residual, candidates);
-    }
-    const u32 cut = keep_largest<Simd>(candidates, in.count, most);
-    scratch.guess = next_guess(scratch.guess, cut, missed);
+    narrow_down<Simd>(in.residual, in.count, most, maxima, candidates);
+    scratch.guess.learn(keep_largest<Simd>(candidates, in.count, most));
     const Quantizer quantizer = quantize(candidates.bits, in.count, most, in.code_bits, scratch.fixed);
     *out.scales = static_cast<u8>(quantizer.scale);
     *out.ratios = static_cast<u8>(quantizer.ratio);
@@ -687,7 +723,7 @@ SL_INLINE int compress_batch(ChunkInput in, int chunks, CompressScratch& scratch
     u32 most[BATCH];
     ChunkInput at = in;
     for (int c = 0; c < chunks; ++c) {
-        scratch.candidates[c].least = scratch.guess;
+        scratch.candidates[c].least = scratch.guess.least();
         most[c] = Simd::feedback(at, rows_of_block(in.count), scratch.maxima[c], scratch.candidates[c]);
         if (most[c] >= INFINITE) return NOT_FINITE;
         at.residual += CHUNK;
@@ -708,8 +744,8 @@ SL_INLINE int compress_batch(ChunkInput in, int chunks, CompressScratch& scratch
 // ---------------------------------------------------------------------------------------------------------------------
 // Merging one chunk (SPEC 7)
 
-// A sum of one position, as narrow as the sums of a chunk allow; in the first two num stands in the high bits and den in
-// the low ones.
+// A sum of one position, as narrow as the sums of a chunk allow; in the first two num stands in the high bits and den
+// in the low ones.
 using Narrow = i32;
 using Packed = i64;
 struct Wide {
@@ -891,10 +927,11 @@ SL_INLINE i64 divide(i64* num, const i64* den, int n, bool by_senders, const Mer
     return most;
 }
 
-// The same for narrow sums, where d >> weight_zeros is an integer D below 2^12, and so the quotient is that of an integer,
-// exact as a double, and D. It needs no correction: below 2^40 a double that is rounded up to an integer m was at
-// least m - 2^-13, and a fraction with denominator D that is less than m is at most m - 2^-12.
-SL_INLINE i64 divide_narrow(const Narrow* sums, i64* num, int n, bool by_senders, const MergePlan& plan, Packing packing) {
+// The same for narrow sums, where d >> weight_zeros is an integer D below 2^12, and so the quotient is that of an
+// integer, exact as a double, and D. It needs no correction: below 2^40 a double that is rounded up to an integer m was
+// at least m - 2^-13, and a fraction with denominator D that is less than m is at most m - 2^-12.
+SL_INLINE i64 divide_narrow(const Narrow* sums, i64* num, int n, bool by_senders, const MergePlan& plan,
+                            Packing packing) {
     const Narrow den_mask = (1 << packing.den_bits) - 1;
     const double scale = static_cast<double>(i64{1} << (packing.zeros - plan.weight_zeros));
     const double total = static_cast<double>(plan.total_weight >> plan.weight_zeros);
@@ -933,7 +970,8 @@ SL_INLINE int round_steps(const i64* steps, int n, int exponent, i8* values) {
 
 // Merge a chunk's values into scratch.num; return how many there are, and the largest magnitude.
 template <class Simd>
-SL_INLINE int merge_values(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch, i64& most) {
+SL_INLINE int merge_values(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch,
+                           i64& most) {
     constexpr int NARROW_DEN_BITS = 12;
     const Packing packing = prepare(sources, count, chunk, plan);
     int n;
@@ -974,9 +1012,9 @@ SL_INLINE void merge_chunk(Source* sources, int count, i64 chunk, const MergePla
 // Instruction sets
 
 struct Portable {
-    // Error feedback on one chunk. Collects candidates from found.least on, and the largest magnitude of each block, in which
-    // values stand a vector apart; returns the largest of all.
-    SL_INLINE static u32 feedback(const ChunkInput& in, int rows, u32* maxima, Candidates& found) {
+    // Error feedback on one chunk. Collects candidates from found.least on, and the upper half of the largest magnitude
+    // of each block, in which values stand a vector apart; returns the largest of all.
+    SL_INLINE static u32 feedback(const ChunkInput& in, int rows, u16* maxima, Candidates& found) {
         constexpr int WIDTH = 4;
         i32 most = 0;
         for (int group = 0; group < CHUNK; group += WIDTH * rows) {
@@ -992,7 +1030,7 @@ struct Portable {
                 }
             }
             for (int lane = 0; lane < WIDTH; ++lane) {
-                maxima[group / rows + lane] = static_cast<u32>(block[lane]);
+                maxima[group / rows + lane] = static_cast<u16>(block[lane] >> 16);
                 most = std::max(most, block[lane]);
             }
         }
@@ -1022,6 +1060,15 @@ struct Portable {
         }
     }
 
+    SL_INLINE static void count_from(const u16* values, int padded, const u32* limits, int* counts) {
+        for (int c = 0; c < 3; ++c) {
+            const i16 limit = static_cast<i16>(limits[c]);
+            u16 count = 0;
+            for (int i = 0; i < padded; ++i) count = static_cast<u16>(count + (static_cast<i16>(values[i]) >= limit));
+            counts[c] = count;
+        }
+    }
+
     // Keep the candidates whose magnitude is at least `least`.
     SL_INLINE static void keep_from(Candidates& candidates, u32 least) {
         int kept = 0;
@@ -1031,9 +1078,12 @@ struct Portable {
             candidates.bits[kept] = bits;
             kept += (bits & MAGNITUDE) >= least;
         }
+        candidates.count = kept;
+        candidates.least = least;
     }
 
-    // Write the gaps between 17 indices, of which the first stands before the pointer; false where one takes more than a byte.
+    // Write the gaps between 17 indices, of which the first stands before the pointer; false where one takes more than
+    // a byte.
     SL_INLINE static bool write_short_gaps(const u16* indices, u8* to) {
         int longest = 0;
         for (int i = 0; i < GAP_RUN; ++i) longest = std::max(longest, indices[i] - indices[i - 1] - 1);
@@ -1069,7 +1119,8 @@ int compress_portable(const ChunkInput& in, int chunks, CompressScratch& scratch
     return compress_batch<Portable>(in, chunks, scratch, out);
 }
 
-void merge_portable(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch, MergeOutput& out) {
+void merge_portable(Source* sources, int count, i64 chunk, const MergePlan& plan, MergeScratch& scratch,
+                    MergeOutput& out) {
     merge_chunk<Portable>(sources, count, chunk, plan, scratch, out);
 }
 
@@ -1079,9 +1130,9 @@ const u8* walk_portable(const u8* at, const u8* end, int count, i64& reached) {
 
 #if defined(__x86_64__)
 
-#define SL_AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt")))
+#define SL_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt")))
 #define SL_AVX512 \
-    __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")))
+    __attribute__((target("avx2,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")))
 
 // For each set of lanes of eight, the numbers of these lanes, and behind them whatever.
 struct LaneTable {
@@ -1117,7 +1168,7 @@ struct Avx2 : Portable {
         return n + __builtin_popcount(static_cast<u32>(set));
     }
 
-    SL_AVX2 static u32 feedback(const ChunkInput& in, int rows, u32* maxima, Candidates& found) {
+    SL_AVX2 static u32 feedback(const ChunkInput& in, int rows, u16* maxima, Candidates& found) {
         const __m256 beta = _mm256_set1_ps(in.beta);
         const __m256i magnitude = _mm256_set1_epi32(MAGNITUDE);
         const __m256i below = _mm256_set1_epi32(static_cast<i32>(found.least - 1));
@@ -1135,7 +1186,9 @@ struct Avx2 : Portable {
                 block = _mm256_max_epu32(block, magnitudes);
                 n = append(bits, magnitudes, below, i, n, found);
             }
-            _mm256_store_si256(reinterpret_cast<__m256i*>(maxima + group / rows), block);
+            const __m256i upper = _mm256_srli_epi32(block, 16);
+            const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+            _mm_store_si128(reinterpret_cast<__m128i*>(maxima + group / rows), packed);
             most = _mm256_max_epu32(most, block);
         }
         found.count = n;
@@ -1177,6 +1230,30 @@ struct Avx2 : Portable {
         counts[2] = _mm_extract_epi32(sums, 2);
     }
 
+    SL_AVX2 static void count_from(const u16* values, int padded, const u32* limits, int* counts) {
+        const __m256i below_1 = _mm256_set1_epi16(static_cast<i16>(limits[0] - 1));
+        const __m256i below_2 = _mm256_set1_epi16(static_cast<i16>(limits[1] - 1));
+        const __m256i below_3 = _mm256_set1_epi16(static_cast<i16>(limits[2] - 1));
+        __m256i sum_1 = _mm256_setzero_si256();
+        __m256i sum_2 = sum_1;
+        __m256i sum_3 = sum_1;
+        for (int i = 0; i < padded; i += 16) {
+            const __m256i maxima = _mm256_load_si256(reinterpret_cast<const __m256i*>(values + i));
+            sum_1 = _mm256_sub_epi16(sum_1, _mm256_cmpgt_epi16(maxima, below_1));
+            sum_2 = _mm256_sub_epi16(sum_2, _mm256_cmpgt_epi16(maxima, below_2));
+            sum_3 = _mm256_sub_epi16(sum_3, _mm256_cmpgt_epi16(maxima, below_3));
+        }
+        const __m256i one = _mm256_set1_epi16(1);
+        sum_1 = _mm256_madd_epi16(sum_1, one);
+        sum_2 = _mm256_madd_epi16(sum_2, one);
+        sum_3 = _mm256_madd_epi16(sum_3, one);
+        const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(sum_1, sum_2), _mm256_hadd_epi32(sum_3, sum_3));
+        const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+        counts[0] = _mm_extract_epi32(sums, 0);
+        counts[1] = _mm_extract_epi32(sums, 1);
+        counts[2] = _mm_extract_epi32(sums, 2);
+    }
+
     SL_AVX2 static void keep_from(Candidates& candidates, u32 least) {
         const __m256i magnitude = _mm256_set1_epi32(MAGNITUDE);
         const __m256i below = _mm256_set1_epi32(static_cast<i32>(least - 1));
@@ -1189,9 +1266,12 @@ struct Avx2 : Portable {
             const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(LANE_TABLE.lanes[set]));
             const __m256i packed = _mm256_permutevar8x32_epi32(bits, _mm256_cvtepu8_epi32(lanes));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(candidates.bits + kept), packed);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(candidates.indices + kept), _mm_shuffle_epi8(indices, byte_pairs(lanes)));
+            const __m128i places = _mm_shuffle_epi8(indices, byte_pairs(lanes));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(candidates.indices + kept), places);
             kept += __builtin_popcount(static_cast<u32>(set));
         }
+        candidates.count = kept;
+        candidates.least = least;
     }
 
     SL_AVX2 static inline bool write_short_gaps(const u16* indices, u8* to) {
@@ -1278,7 +1358,7 @@ struct Avx512 : Avx2 {
         return _mm256_set_epi16(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     }
 
-    SL_AVX512 static u32 feedback(const ChunkInput& in, int rows, u32* maxima, Candidates& found) {
+    SL_AVX512 static u32 feedback(const ChunkInput& in, int rows, u16* maxima, Candidates& found) {
         const __m512 beta = _mm512_set1_ps(in.beta);
         const __m512i magnitude = _mm512_set1_epi32(MAGNITUDE);
         const __m512i least = _mm512_set1_epi32(static_cast<i32>(found.least));
@@ -1299,7 +1379,8 @@ struct Avx512 : Avx2 {
                 n = append(_mm512_cmpge_epu32_mask(magnitudes, least), bits, indices, n, found);
                 indices = _mm256_add_epi16(indices, step);
             }
-            _mm512_store_si512(maxima + group / rows, block);
+            const __m256i upper = _mm512_cvtepi32_epi16(_mm512_srli_epi32(block, 16));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(maxima + group / rows), upper);
             most = _mm512_max_epu32(most, block);
         }
         found.count = n;
@@ -1334,6 +1415,19 @@ struct Avx512 : Avx2 {
         }
     }
 
+    SL_AVX512 static void count_from(const u16* values, int padded, const u32* limits, int* counts) {
+        const __m512i least_1 = _mm512_set1_epi16(static_cast<i16>(limits[0]));
+        const __m512i least_2 = _mm512_set1_epi16(static_cast<i16>(limits[1]));
+        const __m512i least_3 = _mm512_set1_epi16(static_cast<i16>(limits[2]));
+        counts[0] = counts[1] = counts[2] = 0;
+        for (int i = 0; i < padded; i += 32) {
+            const __m512i maxima = _mm512_load_si512(values + i);
+            counts[0] += __builtin_popcount(_mm512_cmpge_epi16_mask(maxima, least_1));
+            counts[1] += __builtin_popcount(_mm512_cmpge_epi16_mask(maxima, least_2));
+            counts[2] += __builtin_popcount(_mm512_cmpge_epi16_mask(maxima, least_3));
+        }
+    }
+
     SL_AVX512 static void keep_from(Candidates& candidates, u32 least) {
         const __m512i magnitude = _mm512_set1_epi32(MAGNITUDE);
         const __m512i limit = _mm512_set1_epi32(static_cast<i32>(least));
@@ -1344,6 +1438,8 @@ struct Avx512 : Avx2 {
             const __mmask16 large = _mm512_cmpge_epu32_mask(_mm512_and_si512(bits, magnitude), limit);
             kept = append(large, bits, indices, kept, candidates);
         }
+        candidates.count = kept;
+        candidates.least = least;
     }
 
     SL_AVX512 static int collect(Narrow* sums, Narrow* found, u16* indices) {
@@ -1471,7 +1567,9 @@ void in_ranges(int ranges, i64 units, Work work) {
     for (std::thread& thread : threads) thread.join();
 }
 
-int ranges_for(int threads, i64 units) { return static_cast<int>(std::clamp<i64>(threads, 1, std::max<i64>(units, 1))); }
+int ranges_for(int threads, i64 units) {
+    return static_cast<int>(std::clamp<i64>(threads, 1, std::max<i64>(units, 1)));
+}
 
 // What a range has written, into its own part of the output.
 struct Written {
@@ -1520,7 +1618,8 @@ Written compress_range(const CompressJob& job, i64 first, i64 stop, CompressScra
     u8* const gaps = job.gaps + first * PacketForm::gap_bytes_max(kept, CHUNK);
     u8* const codes = job.codes + first * kept * form.code_bits / 8;
     i64* const positions = job.positions + first * kept;
-    ChunkOutput out{gaps, BitWriter(codes), positions, job.originals + first * kept, job.scales + first, job.ratios + first};
+    ChunkOutput out{gaps, BitWriter(codes), positions, job.originals + first * kept, job.scales + first,
+                    job.ratios + first};
     for (i64 chunk = first; chunk < stop;) {
         const i64 start = chunk * CHUNK;
         const ChunkInput in{job.residual + start, job.outer + start,  job.local + start, job.beta,
@@ -1656,7 +1755,8 @@ void step_blocks(float* outer, Tensor tensor, const UpdateSection& section, i64 
     const i64 chunk_stop = std::min<i64>(tensor.chunks(), stop * BLOCK_CHUNKS);
     for (i64 chunk = first * BLOCK_CHUNKS; chunk < chunk_stop; ++chunk) {
         float* place = outer + chunk * CHUNK - 1;
-        const float unit = static_cast<float>(u64{1} << section.exponents[chunk]) / static_cast<float>(u64{1} << GRID_BITS);
+        constexpr float GRID = 1.0f / (u64{1} << GRID_BITS);
+        const float unit = static_cast<float>(u64{1} << section.exponents[chunk]) * GRID;
         for (int left = section.count(chunk); left > 0; --left) {
             int byte = *at++;
             while (byte == 255) {
@@ -1706,8 +1806,8 @@ SL_EXPORT int sl_compress(float* residual, const float* outer, const float* loca
 }
 
 // sizes: number of gap bytes and of code bytes written. MISUSE where the arrays do not belong together.
-SL_EXPORT int sl_encode(const u8* scales, const i64* indices, const u8* codes, i64 count, i64 size, i32 k, i32 code_bits,
-                        u32* blocks, u8* gaps, u8* packed, i64* sizes) {
+SL_EXPORT int sl_encode(const u8* scales, const i64* indices, const u8* codes, i64 count, i64 size, i32 k,
+                        i32 code_bits, u32* blocks, u8* gaps, u8* packed, i64* sizes) {
     const PacketForm form{{size}, k, code_bits};
     if (!form_is_good(form) || count != count_values(form, scales)) return MISUSE;
     std::fill(blocks, blocks + form.tensor.blocks(), 0u);
