@@ -61,6 +61,9 @@ class SectionForm:
 
     def count(self, heads: NDArray[np.uint8] | NDArray[np.uint16], size: int) -> int:
         """Values of all these chunks together, in the memory of a block. Raises BAD_COUNT like `counts`."""
+        if self.value_bits < 8:
+            tail = size - (len(heads) - 1) * CHUNK
+            return int(np.count_nonzero(heads[:-1])) * kept(CHUNK, self.k) + bool(heads[-1]) * kept(tail, self.k)
         return sum(int(self.counts(heads[span], covered).sum()) for span, covered in _spans(size, BLOCK_CHUNKS))
 
     def fixed_bytes(self, size: int) -> int:

@@ -7,6 +7,7 @@ and checked beforehand.
 
 import struct
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import zstandard
@@ -182,7 +183,7 @@ def _decode_frame(reader: "_Reader", tensors: Sequence[TensorSpec], form: Sectio
     heads = np.empty((sum(chunks), form.head_bytes), np.uint8)
     for place in range(form.head_bytes):
         heads[:, place] = _expand(next(stored), sum(chunks))
-    heads_of = np.split(heads, np.cumsum(chunks)[:-1])
+    heads_of = _cut(heads, chunks)
     head_type = f"<u{form.head_bytes}"
     counts = [form.count(part.view(head_type)[:, 0], size) for part, size in zip(heads_of, sizes, strict=True)]
     extra_lengths = [number * form.extra_bytes for number in chunks]
@@ -248,15 +249,21 @@ def _cut_gaps(gaps: NDArray[np.uint8], counts: Sequence[int]) -> list[NDArray[np
     stops = np.zeros(len(counts), np.int64)
     seen = 0
     for start in range(0, len(gaps), _SCAN_BYTES):
-        ends = np.flatnonzero(gaps[start : start + _SCAN_BYTES] != 255)
-        here = (seen < wanted) & (wanted <= seen + len(ends))
-        stops[here] = start + ends[wanted[here] - seen - 1] + 1
-        seen += len(ends)
+        batch = gaps[start : start + _SCAN_BYTES]
+        # Bytes that continue a gap are rare, so the ends are found from the number of these before each.
+        continued = np.flatnonzero(batch == 255)
+        ends_before = continued - np.arange(len(continued))
+        ends = len(batch) - len(continued)
+        here = (seen < wanted) & (wanted <= seen + ends)
+        last = wanted[here] - seen - 1
+        stops[here] = start + last + np.searchsorted(ends_before, last, side="right") + 1
+        seen += ends
     if seen != wanted[-1] or stops[-1] != len(gaps):
         raise ProtocolError(Code.BAD_FRAME, f"the gaps of a frame do not end with its {wanted[-1]} values")
-    return np.split(gaps, stops[:-1])
+    return _cut(gaps, np.diff(stops, prepend=0).tolist())
 
 
 def _cut(plane: NDArray[np.uint8], lengths: Sequence[int]) -> list[NDArray[np.uint8]]:
     """Cut a plane into one part per section."""
-    return np.split(plane, np.cumsum(lengths)[:-1])
+    stops = list(accumulate(lengths))
+    return [plane[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)]
