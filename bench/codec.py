@@ -58,9 +58,11 @@ FLOOR = "floor: in-place axpy over the same arrays"
 AXPY = "in-place axpy over two arrays"
 ENCODE = "ours: error feedback to packet"
 ENCODE_TORCH = "torch: topk, gather, quantize, pack"
+ENCODE_TORCH_BATCHES = "torch, a million values at a time"
 ENCODE_REFERENCE = "reference wire in torch"
 MERGE = "ours: from the wire to the update"
-MERGE_TORCH = "torch: scatter_add_ of decoded packets"
+MERGE_TORCH = "torch: scatter_add_ of decoded values and counts"
+MERGE_TORCH_SUM = "torch: scatter_add_ of decoded values alone"
 # A second handle on the library that the codec uses: switching its instruction set switches the codec's.
 KERNELS = native.load()
 SETS = {2: "AVX-512", 1: "AVX2", 0: "portable"}
@@ -223,6 +225,9 @@ def measure_encode(inputs: Inputs, turns: int, threads: int) -> dict[str, list[f
         scratch[:] = [sections]
         make_packet(run, OPERATOR, 1, ROOT, run.nominal_tokens, 1, sections)
 
+    def in_torch(batch: int) -> None:
+        torch_codec.encode(residual[cut], inputs.outer[cut], inputs.local[cut], rules.beta, rules.k, batch)
+
     def reference() -> None:
         for start in range(0, whole, torch_codec.BATCH_VALUES):
             part = slice(start, min(start + torch_codec.BATCH_VALUES, whole))
@@ -233,9 +238,8 @@ def measure_encode(inputs: Inputs, turns: int, threads: int) -> dict[str, list[f
         AXPY: lambda: floor.two(residual, delta, rules.beta),
         **for_each_set(ENCODE, ours),
         "ours: packet to transport form": lambda: to_wire(run, scratch[0]),
-        ENCODE_TORCH: lambda: torch_codec.encode(
-            residual[cut], inputs.outer[cut], inputs.local[cut], rules.beta, rules.k
-        ),
+        ENCODE_TORCH: lambda: in_torch(whole),
+        ENCODE_TORCH_BATCHES: lambda: in_torch(torch_codec.BATCH_VALUES),
         ENCODE_REFERENCE: reference,
     }
     return take_turns(turns, contestants, lambda: residual.copy_(inputs.residual), threads)
@@ -244,7 +248,7 @@ def measure_encode(inputs: Inputs, turns: int, threads: int) -> dict[str, list[f
 def measure_merge(inputs: Inputs, packets: Sequence[Packets], turns: int, threads: int) -> dict[str, list[float]]:
     """Sixteen packets from the wire to the update's sections, against scatter_add_ on decoded ones."""
     run, rules = inputs.run, inputs.run.compression
-    dense = torch.empty(run.layout.size)
+    dense, senders = torch.empty(run.layout.size), torch.empty(run.layout.size)
     decoded = [(packet.positions, packet.sent) for packet in packets]
 
     def checked() -> None:
@@ -261,7 +265,8 @@ def measure_merge(inputs: Inputs, packets: Sequence[Packets], turns: int, thread
         "ours: sections to the update": lambda: merge(run, [packet.sections for packet in packets]),
         "ours: from the wire, all checks": checked,
         "ours: outer step": lambda: codec.outer_step(outer, run.layout, update),
-        MERGE_TORCH: lambda: torch_codec.scatter_add(dense, decoded),
+        MERGE_TORCH: lambda: torch_codec.scatter_add_and_count(dense, senders, decoded),
+        MERGE_TORCH_SUM: lambda: torch_codec.scatter_add(dense, decoded),
     }
     return take_turns(turns, contestants, lambda: None, threads)
 
@@ -282,6 +287,7 @@ def measure(inputs: Inputs, packets: Sequence[Packets], sizes: Sizes | None, tur
             print(f"    {name}: {ratio(encode, name, FLOOR):.2f} floors", end=", ")
             print(f"{ratio(encode, name, AXPY):.2f} axpys over two arrays", end="; ")
             print(f"{ratio(encode, ENCODE_TORCH, name):.1f} x faster than torch", end=", ")
+            print(f"{ratio(encode, ENCODE_TORCH_BATCHES, name):.1f} x than in batches", end=", ")
             print(f"{ratio(encode, ENCODE_REFERENCE, name):.1f} x than the reference wire")
     merged = measure_merge(inputs, packets, turns, threads)
     sent = sum(packet.values for packet in packets)
@@ -289,7 +295,8 @@ def measure(inputs: Inputs, packets: Sequence[Packets], sizes: Sizes | None, tur
     show(merged, sent)
     for name in merged:
         if name.startswith(MERGE):
-            print(f"    {name}: {ratio(merged, MERGE_TORCH, name):.2f} x faster than scatter_add_")
+            print(f"    {name}: {ratio(merged, MERGE_TORCH, name):.2f} x faster than scatter_add_", end=", ")
+            print(f"{ratio(merged, MERGE_TORCH_SUM, name):.2f} x than without the counts")
 
 
 def show_sizes(sizes: Sizes, wire_bytes: int) -> None:

@@ -27,7 +27,7 @@ _HEAD = struct.Struct(
     "<II"
 )  # of a frame: how many sections, how many gap bytes; the stored length of each plane follows
 _FRAME_HEAD_BYTES_MAX = _HEAD.size + 6 * 4
-_SCAN_BYTES = 1 << 18  # gap bytes looked at together, so that scratch memory stays at some MB
+_SCAN_BYTES = 1 << 16  # gap bytes looked at together, so that scratch memory stays in the caches
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _ZSTD_LEVEL = 1  # higher levels gain nothing on gap bytes, whose distribution is flat
 

@@ -65,7 +65,7 @@ def test_the_torch_codec_takes_its_packet_out_of_the_residual(chunks: int) -> No
     residual, outer = acc_of(chunks, seed=2), acc_of(chunks, seed=3)
     local = torch.zeros_like(outer)
     acc = residual * 0.9 + outer
-    _, size = torch_codec.encode(residual, outer, local, 0.9, 64)
+    _, size = torch_codec.encode(residual, outer, local, 0.9, 64, 4096)
     assert size == chunks * (2 * 2 + 64 * 12 // 8 + 64 * 2 // 8)
     changed = (residual != acc).view(chunks, CHUNK).sum(dim=1)
     assert changed.max() <= 64 and changed.min() >= 60  # a value may equal its mean
