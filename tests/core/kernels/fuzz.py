@@ -343,31 +343,36 @@ def fuzz_transport(seed: int, mutations: int, seconds: float) -> Figures:
 def _try(sample: Sample, rng: random.Random, figures: Figures) -> None:
     """One mutation. What is accepted must survive being written and read again."""
     data = sample.mutated(rng)
-    is_bundle = sample.is_packet and rng.random() < 0.1
-    if is_bundle:
+    count = 2 if sample.is_packet and rng.random() < 0.1 else 0
+    if count:
         data = mutate(bundle_to_wire([sample.wires[0], data]), data, rng)
-    is_traced = figures.mutations % _TRACED_EVERY == 0
-    if is_traced:
+    if figures.mutations % _TRACED_EVERY == 0:
         tracemalloc.start()
-    before = time.thread_time()
-    accepted: list[Packet | Update] = []
-    try:
-        parts = bundle_from_wire(data, 2, sample.run) if is_bundle else [data]
-        accepted = [sample.read(part) for part in parts]
-        outcome = "accepted"
-    except ProtocolError as error:
-        outcome = f"refused {error.code.value} {error.code.name}"
-    took = time.thread_time() - before
-    figures.outcomes[outcome] += 1
-    if is_traced:
-        excess = tracemalloc.get_traced_memory()[1] - 2 * sample.bytes_max * (2 if is_bundle else 1)
+        _read(sample, data, count)
+        excess = tracemalloc.get_traced_memory()[1] - 2 * sample.bytes_max * max(count, 1)
         tracemalloc.stop()
         figures.memory_bytes = max(figures.memory_bytes, excess)
-    elif took > figures.slowest_s:
-        kind = "bundle" if is_bundle else "packet" if sample.is_packet else "update"
-        figures.slowest_s, figures.slowest = took, f"{kind} of {sample.run.layout.size} values, {outcome}"
+    outcome, took_s, turns = "", SLOWEST_S, 0
+    accepted: list[Packet | Update] = []
+    while turns < 5 and took_s > figures.slowest_s:  # other work on the machine delays calls too
+        before = time.perf_counter()
+        outcome, accepted = _read(sample, data, count)
+        took_s, turns = min(took_s, time.perf_counter() - before), turns + 1
+    if took_s > figures.slowest_s:
+        kind = "bundle" if count else "packet" if sample.is_packet else "update"
+        figures.slowest_s, figures.slowest = took_s, f"{kind} of {sample.run.layout.size} values, {outcome}"
+    figures.outcomes[outcome] += 1
     for value in accepted:
         assert sample.read(sample.write(value)) == value
+
+
+def _read(sample: Sample, data: bytes, count: int) -> tuple[str, list[Packet | Update]]:
+    """Read a bundle of so many packets, or one packet or update: what came of it, and what was accepted."""
+    try:
+        parts = bundle_from_wire(data, count, sample.run) if count else [data]
+        return "accepted", [sample.read(part) for part in parts]
+    except ProtocolError as error:
+        return f"refused {error.code.value} {error.code.name}", []
 
 
 def main() -> None:
