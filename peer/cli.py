@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="type of the matrix products")
     join.add_argument("--threads", type=int, help="CPU threads for training")
     join.add_argument(
+        "--serve", metavar="HOST:PORT", help="offer others the parameters, under this address of this machine"
+    )
+    join.add_argument(
         "--patience", type=float, default=30.0, metavar="SECONDS", help="how long to try the first connection (30)"
     )
     join.set_defaults(command=_join)
@@ -222,7 +225,7 @@ def _config(arguments: argparse.Namespace) -> PeerConfig:
     config = read_config(arguments.config) if arguments.config else PeerConfig()
     chosen = {
         name: getattr(arguments, name)
-        for name in ("home", "device", "dtype", "threads")
+        for name in ("home", "device", "dtype", "threads", "serve")
         if getattr(arguments, name) is not None
     }
     return dataclasses.replace(config, **chosen)

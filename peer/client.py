@@ -1,8 +1,9 @@
 """The peer: finds the run, takes its parameters, trains, sends packets and applies updates until the run is complete.
 
 `ReplicaRound` decides what is done next; this program performs it: inner steps and merges in threads, bytes over the
-link. It only ever dials out, and it goes on by itself through a restart of the aggregator or a lost connection. Its
-replica is stored before each packet is sent, so a peer that is killed goes on from there when it is started again.
+link. It only ever dials out, unless it is told to serve others, and it goes on by itself through a restart of the
+aggregator or a lost connection. Its replica is stored before each packet is sent, so a peer that is killed goes on from
+there when it is started again.
 """
 
 import asyncio
@@ -11,9 +12,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from peer import keep
 from peer.bootstrap import wait_for_stop
@@ -22,19 +21,22 @@ from peer.core import codec
 from peer.core.device import pick_device, pick_dtype, set_threads
 from peer.core.replica import Replica
 from peer.data.prepare import Dataset, prepare
+from peer.download import StateLoader
 from peer.errors import UserCode, UserError
-from peer.find import DHT_TTL_S, Finder
+from peer.find import DHT_TTL_S, Finder, Place
 from peer.merge import accepted, sections_of_bundle, sections_of_update
 from peer.net.errors import LinkError, LinkFailure
 from peer.net.link import Link
 from peer.net.messages import RoundClosed, RoundOpened
+from peer.net.service import Server
+from peer.serving import Donor, serve_others
 from peer.store import Home, RunFolder, load_or_make_key
 from peer.telemetry import Progress, Telemetry
 from protocol.errors import Code, ProtocolError
-from protocol.identity import NO_DIGEST, leaf_hash, merkle_root_of_hashes
+from protocol.identity import NO_DIGEST, PrivateKey
 from protocol.invite import Invite
 from protocol.ledger import RoundRecord, check_record
-from protocol.limits import PIECE_BYTES, RECORD_BYTES_MAX, RUN_BYTES_MAX
+from protocol.limits import RECORD_BYTES_MAX, RUN_BYTES_MAX
 from protocol.packet import make_packet
 from protocol.round import (
     Alarm,
@@ -143,6 +145,10 @@ class Client:
         self._replica: Replica
         self._machine: ReplicaRound
         self._progress: Progress
+        self._loader: StateLoader
+        self._donor: Donor | None = None
+        self._server: Server | None = None
+        self._certificate_sha256 = NO_DIGEST
 
     async def join(self) -> Totals:
         """Take part until the run is complete or `stop` is set. Raises UserError or ProtocolError."""
@@ -150,7 +156,7 @@ class Client:
         try:
             link = await self._first_link(finder)
             try:
-                await self._prepare(link)
+                await self._prepare(link, finder)
             except BaseException:
                 await link.close()
                 raise
@@ -224,7 +230,8 @@ class Client:
         while True:
             record = self._machine.record
             if record is not None:
-                await finder.announce(self._key, record.round, record.digest)
+                addresses = (self._config.serve,) if self._server is not None else ()
+                await finder.announce(self._key, record.round, record.digest, addresses, self._certificate_sha256)
             await asyncio.sleep(ANNOUNCE_S if record is not None else 1.0)
 
     def _checked(self, data: bytes) -> RoundRecord:
@@ -239,13 +246,16 @@ class Client:
         fits = size_max <= update_wire_bytes_max(self.run)
         return _Offer(record.digest, event.bundle_bytes) if smaller and fits else None
 
-    async def _prepare(self, link: Link) -> None:
+    async def _prepare(self, link: Link, finder: Finder) -> None:
         """Fetch and verify the run, then make its data and the replica."""
         log.info("connected", address=link.address, aggregator=link.aggregator)
         run_id = self._invite.run_id
         signed = SignedRun.from_bytes(await link.fetch("run", run_id, size_max=RUN_BYTES_MAX + 1024), run_id=run_id)
         self.run = signed.config
         self._folder = self._home.run(run_id)
+        self._loader = self._make_loader(finder)
+        if self._config.serve:
+            await self._serve(signed)
         device = pick_device(self._config.device)
         set_threads(self._config.threads)
 
@@ -272,6 +282,36 @@ class Client:
             inner_steps=self.run.inner.steps,
         )
 
+    def _make_loader(self, finder: Finder) -> StateLoader:
+        """What brings the parameters here, from whoever has them."""
+
+        async def fetch(kind: str, digest: bytes, size_max: int) -> bytes:
+            return await self._the_link().fetch(kind, digest, size_max=size_max)
+
+        async def places() -> list[Place]:
+            peers = [place for place in await finder.peer_places() if place.aggregators != (self._key.public,)]
+            return [*await finder.places(), *peers]
+
+        return StateLoader(self.run, self._folder.path / "loading", fetch, places, self._open_source)
+
+    async def _open_source(self, place: Place) -> Link:
+        # A key of its own, for a second session of the same key would end the first.
+        return await Link.open(
+            place.address,
+            run_id=self.run.run_id,
+            key=PrivateKey.generate(),
+            expect_aggregators=place.aggregators,
+            certificate_sha256=None if self._plaintext else place.certificate_sha256,
+            plaintext=self._plaintext,
+        )
+
+    async def _serve(self, signed: SignedRun) -> None:
+        """Offer others what they need to join, under the address of our settings."""
+        self._donor = Donor(signed, self._folder.path / "offered")
+        self._server, self._certificate_sha256 = await serve_others(
+            self._donor, self._config.serve, self.run.run_id, self._key, self._home.path, plaintext=self._plaintext
+        )
+
     def _resume(self) -> ReplicaRound:
         """Go on from the replica that was stored last, if there is one."""
         kept = keep.load(self._folder.replica_path, self._replica)
@@ -294,6 +334,7 @@ class Client:
         record, began_s = self._machine.record, time.monotonic()
         assert record is not None, "work starts from a record"
         size = keep.save(self._folder.replica_path, self._replica, record, wire, self._leaving)
+        self._loader.forget()  # what was fetched is stored here now
         log.info("stored", round=record.round + 1, bytes=size, seconds=round(time.monotonic() - began_s, 3))
 
     def _leaving(self) -> bool:
@@ -469,6 +510,7 @@ class Client:
             bundle = await self._bundle(record)
             form, size, sections = bundle or await self._update(record)
         root = await asyncio.to_thread(self._replica.apply, sections)
+        await self._offer_others(record, root, sections)
         self._totals.rounds += 1
         log.info(
             "round",
@@ -509,34 +551,33 @@ class Client:
             return None
 
     async def _load_state(self, record: RoundRecord) -> ReplicaEvent:
-        """Take the outer parameters from our own disk, or fetch them piece by piece and check each."""
-        states = self._folder.states
+        """Take the outer parameters from our own disk, or get them from others."""
+        states, replica = self._folder.states, self._replica
+        healing = self._machine.record is not None
+        if healing:
+            why = "its parameters are not those of the ledger, or updates do not lead there any more"
+            log.warning(
+                "this replica takes no part until it holds the parameters of the run", round=record.round, why=why
+            )
         if states.has(record.state_root):
             flat = await asyncio.to_thread(states.load, record.state_root, self.run.layout)
+            root = await asyncio.to_thread(replica.load_outer, flat)
+            log.info("state loaded", round=record.round, state_root=root.hex())
         else:
-            flat = await self._fetch_state(record)
-        root = await asyncio.to_thread(self._replica.load_outer, flat)
-        log.info("state loaded", round=record.round, state_root=root.hex())
+            held = await asyncio.to_thread(replica.outer_state)
+            root = await self._loader.load(record, held, replica.load_outer, replica.apply)
+        if healing:
+            log.info("this replica holds the parameters of the run again and takes part", round=record.round)
+        await self._offer_others(record, root, None)
         return Applied(record.round, root)
 
-    async def _fetch_state(self, record: RoundRecord) -> NDArray[np.float32]:  # f32[N]
-        link = self._the_link()
-        size = 4 * self.run.layout.size
-        count = -(-size // PIECE_BYTES)
-        data = await link.fetch("state", record.state_root, size_max=32 * count)
-        hashes = [data[start : start + 32] for start in range(0, len(data), 32)]
-        if len(data) != 32 * count or merkle_root_of_hashes(hashes) != record.state_root:
-            raise ProtocolError(Code.BAD_STATE, "the piece hashes do not lead to the state root")
-        flat = np.empty(self.run.layout.size, dtype=np.float32)
-        target = memoryview(flat.data).cast("B")
-        for index, piece_hash in enumerate(hashes):
-            piece = await link.fetch("piece", piece_hash, size_max=PIECE_BYTES)
-            place = target[index * PIECE_BYTES : (index + 1) * PIECE_BYTES]
-            if len(piece) != len(place) or leaf_hash(piece) != piece_hash:
-                raise ProtocolError(Code.BAD_STATE, f"piece {index} of the state is not what its hash says")
-            place[:] = piece
-            log.info("downloading", piece=index + 1, of=count, bytes=min(size, (index + 1) * PIECE_BYTES))
-        return flat
+    async def _offer_others(self, record: RoundRecord, root: bytes, sections: Sequence[bytes] | None) -> None:
+        """Offer the parameters that we have now to others, if we serve them."""
+        base = self._machine.record
+        if self._donor is not None and root == record.state_root:
+            base_root = base.state_root if base is not None else NO_DIGEST
+            flat = self._replica.outer_state()
+            await asyncio.to_thread(self._donor.applied, record, base_root, sections, flat)
 
     async def _catch_up(self, effect: CatchUp) -> ReplicaEvent:
         records = [effect.head]
@@ -589,6 +630,8 @@ class Client:
             await asyncio.wait(self._jobs, timeout=LEAVE_S)
         if self._link is not None:
             await self._link.close()
+        if self._server is not None:
+            await self._server.close(LEAVE_S / 4)
         self._folder.close()
         if self._crash is not None:
             raise self._crash

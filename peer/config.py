@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peer.errors import UserCode, UserError, os_errors
+from protocol.invite import check_address
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -39,6 +40,8 @@ class PeerConfig:
     """Folders of token shards, by the name that the run gives to its corpus."""
     log_json: bool = False
     """Whether each event also goes to stdout as a JSON line."""
+    serve: str = ""
+    """Address ("host:port") under which others may fetch the parameters from this peer; empty to serve nobody."""
 
     def __post_init__(self) -> None:
         _demand("device", self.device, "one of " + ", ".join(DEVICES), self.device in DEVICES)
@@ -47,6 +50,7 @@ class PeerConfig:
             # In Python `true` is an integer, but not a number of threads.
             holds = type(value) is int and 0 <= value <= most
             _demand(name, value, f"a whole number from 0 to {most}", holds)
+        _demand("serve", self.serve, 'an address such as "peer.example.org:7710", or ""', _is_address(self.serve))
         _demand("log_json", self.log_json, "true or false", type(self.log_json) is bool)
 
 
@@ -87,6 +91,17 @@ def parse_config(text: str, folder: Path) -> PeerConfig:
 
 def _path(text: str, folder: Path) -> Path:
     return folder / Path(text).expanduser()
+
+
+def _is_address(text: object) -> bool:
+    if not isinstance(text, str):
+        return False
+    try:
+        if text:
+            check_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _demand(name: str, value: object, accepted: str, holds: bool) -> None:

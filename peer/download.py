@@ -132,7 +132,7 @@ class Download:
         # Who sent the beginning of a piece. One from before a restart is nobody's.
         self._authors: dict[int, set[Place | None]] = {index: {None} for index in state.begun}
         self._queue = deque(sorted(state.missing, key=lambda index: (index not in state.begun, index)))
-        self._listing = asyncio.Lock()
+        self._adopting = asyncio.Lock()
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._began_s = self._moved_s = time.monotonic()
 
@@ -153,6 +153,8 @@ class Download:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._report()
+            by_source = {source.place.address: source.bytes for source in self._sources.values()}
+            log.info("sources", bytes_from=by_source)
 
     async def _guarded(self, work: Coroutine[None, None, None]) -> None:
         """Whatever fails in a part of the download ends the whole of it."""
@@ -271,11 +273,13 @@ class Download:
                 await asyncio.sleep(self._rules.backoff_s * source.failures)
 
     async def _list(self, link: Link) -> None:
-        """Get the hashes of the pieces, once, and look which are here. Raises ProtocolError BAD_STATE when they lie."""
-        async with self._listing:
-            state, held, self._held = self.state, self._held, None
-            if not state.hashes:
-                state.set_hashes(await link.fetch("state", state.root, size_max=HASH_BYTES * state.count))
+        """Get the hashes of the pieces, and look which are here. Raises ProtocolError BAD_STATE when they lie."""
+        state = self.state
+        if not state.hashes:
+            # Every lane asks, for they are small, and a silent source must not keep the others waiting.
+            state.set_hashes(await link.fetch("state", state.root, size_max=HASH_BYTES * state.count))
+        async with self._adopting:
+            held, self._held = self._held, None
             if held is not None:
                 await asyncio.to_thread(state.adopt, held)
                 if not state.missing:

@@ -11,6 +11,7 @@ the disk with its address, so that a peer finds the next one when the first is g
 import asyncio
 import contextlib
 import json
+import random
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from peer.net.errors import LinkError, LinkFailure
 from peer.net.link import Link
 from peer.store import Home, atomic_write
 from protocol.errors import Code, ProtocolError
-from protocol.identity import KEY_BYTES, PrivateKey
+from protocol.identity import KEY_BYTES, NO_DIGEST, PrivateKey
 from protocol.invite import Invite
 from protocol.ledger import RoundRecord, check_record
 from protocol.limits import DHT_TTL_S_MIN, RUN_BYTES_MAX
@@ -34,6 +35,7 @@ from protocol.records import (
     aggregators_key,
     check_dht_record,
     make_dht_record,
+    payload_of,
     peers_key,
 )
 from protocol.run import RunConfig, SignedRun
@@ -311,12 +313,39 @@ class Finder:
 
     # The directory
 
-    async def announce(self, key: PrivateKey, head_round: int, head_digest: bytes) -> None:
-        """Show ourselves to the others, and keep good nodes. Nothing depends on it, so failures are only logged."""
+    async def peer_places(self) -> list[Place]:
+        """Where peers offer to others what they hold, as themselves; nobody vouches for them."""
+        try:
+            async with asyncio.timeout(LOOKUP_S):
+                found = await self._directory.lookup(peers_key(self._invite.run_id))
+        except (DirectoryError, TimeoutError) as error:
+            log.warning("the directory did not help", why=str(error))
+            return []
+        places = []
+        for key, value in found.items():
+            with contextlib.suppress(ProtocolError):
+                ad = Ad.from_payload(payload_of(value))
+                certificate = ad.certificate_sha256 if any(ad.certificate_sha256) else None
+                places += [Place(address, (key,), certificate) for address in ad.addresses]
+        # So that not all joiners ask the same few.
+        return random.sample(places, min(len(places), STRANGERS_MAX))
+
+    async def announce(
+        self,
+        key: PrivateKey,
+        head_round: int,
+        head_digest: bytes,
+        addresses: tuple[str, ...] = (),
+        certificate_sha256: bytes = NO_DIGEST,
+    ) -> None:
+        """Show ourselves to the others, with addresses if we serve them, and keep good nodes.
+
+        Nothing depends on it, so failures are only logged.
+        """
         self._harvest()
         dht_key = peers_key(self._invite.run_id)
         expires_s = int(time.time()) + DHT_TTL_S
-        payload = Ad((), bytes(32), head_round, head_digest).to_payload()
+        payload = Ad(addresses, certificate_sha256, head_round, head_digest).to_payload()
         value = make_dht_record(key, dht_key, DhtKind.PEER, payload, expires_s)
         try:
             await self._directory.publish(dht_key, key.public, value, expires_s)

@@ -160,12 +160,12 @@ class _Connection:
 
 
 @contextmanager
-def proxy_thread(target_port: int, faults: Faults = HEALTHY) -> Iterator[Proxy]:
+def proxy_thread(target_port: int, faults: Faults = HEALTHY, port: int = 0) -> Iterator[Proxy]:
     """A proxy with a loop of its own, for tests that are not asynchronous. Setting `faults` is safe from there."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    proxy = asyncio.run_coroutine_threadsafe(Proxy(target_port, faults).start(), loop).result(10)
+    proxy = asyncio.run_coroutine_threadsafe(Proxy(target_port, faults).start(port), loop).result(10)
     try:
         yield proxy
     finally:

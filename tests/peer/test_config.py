@@ -25,6 +25,7 @@ def test_every_setting_can_be_read() -> None:
         threads = 1
         micro_batch = 4
         log_json = true
+        serve = "peer.example.org:7710"
         [data_paths]
         mine = "/data/mine"
         near = "near"
@@ -32,8 +33,10 @@ def test_every_setting_can_be_read() -> None:
     """
     config = parse_config(text, HERE)
     paths = {"mine": Path("/data/mine"), "near": HERE / "near", "own": Path.home() / "own"}
-    assert config == PeerConfig(HERE / "peers" / "one", "cpu", "float32", 1, 4, paths, True)
-    differs = [setting.name for setting in dataclasses.fields(config) if getattr(config, setting.name) in ("auto", 0)]
+    assert config == PeerConfig(HERE / "peers" / "one", "cpu", "float32", 1, 4, paths, True, "peer.example.org:7710")
+    differs = [
+        setting.name for setting in dataclasses.fields(config) if getattr(config, setting.name) in ("auto", 0, "")
+    ]
     assert differs == [], "this test sets every field"
 
 
@@ -57,6 +60,7 @@ def test_every_setting_is_explained_below_it() -> None:
         ("threads = true", "threads = True", "from 0 to 1024"),
         ("micro_batch = 1.5", "micro_batch = 1.5", "whole number"),
         ("log_json = 1", "log_json = 1", "true or false"),
+        ('serve = "here"', "serve = 'here'", "peer.example.org:7710"),
         ("home = 3", "home = 3", "in quotes"),
         ("data_paths = 'x'", "data_paths = 'x'", "a table"),
         ("[data_paths]\nx = 1", "data_paths", "a table"),

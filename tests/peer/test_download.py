@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import AsyncIterator, Sequence
@@ -129,7 +130,9 @@ async def test_when_all_lie_the_download_gives_up_and_keeps_what_is_good(tmp_pat
     async with served(Donor(lies=[10]), tmp_path) as port:
         with pytest.raises(LinkError):
             await download(tmp_path, port).run()
-    assert PartialState(tmp_path / "partial", ROOT, NEEDED).missing == {10}
+    missing = PartialState(tmp_path / "partial", ROOT, NEEDED).missing
+    # The other lane's piece may have been on its way when the source was dropped.
+    assert 10 in missing and len(missing) <= QUICK.lanes
     async with served(Donor(), tmp_path) as port:
         await download(tmp_path, port).run()
     assert_complete(tmp_path)
@@ -227,26 +230,38 @@ from peer.download import Rules
 from tests.peer.test_download import download
 
 async def main():
-    await download(Path(sys.argv[1]), int(sys.argv[2]), rules=Rules()).run()
+    fetching = download(Path(sys.argv[1]), int(sys.argv[2]), rules=Rules())
+    await fetching.run()
+    print("received", fetching.received_bytes)
 
 asyncio.run(main())
 """
 
 
+def bytes_on_disk(folder: Path) -> int:
+    """What of the state is there, whole pieces and beginnings."""
+    state = PartialState(folder / "partial", ROOT, NEEDED)
+    return state.held_bytes + sum(len(state.beginning(index)) for index in state.missing)
+
+
 @pytest.mark.slow
 async def test_a_killed_process_goes_on_at_the_very_byte(tmp_path: Path) -> None:
     async with served(Donor(), tmp_path) as port, Proxy(port, Faults(bytes_per_s=4e6)) as proxy:
-        kills = 0
-        while True:
-            child = await asyncio.create_subprocess_exec(sys.executable, "-c", CHILD, str(tmp_path), str(proxy.port))
-            before = proxy.down_bytes
-            while child.returncode is None and (kills == 4 or proxy.down_bytes - before < 9_000_000):
-                await asyncio.wait({asyncio.create_task(child.wait())}, timeout=0.02)
-            if child.returncode is not None:
+        before = 0
+        for kills in range(5):
+            child = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", CHILD, str(tmp_path), str(proxy.port), stdout=subprocess.PIPE
+            )
+            reading, carried = asyncio.create_task(child.communicate()), proxy.down_bytes
+            while not reading.done() and (kills == 4 or proxy.down_bytes - carried < 7_000_000):
+                await asyncio.wait({reading}, timeout=0.02)
+            if kills == 4:
                 break
             child.send_signal(signal.SIGKILL)
-            await child.wait()
-            kills += 1
-        assert child.returncode == 0 and kills == 4
+            await reading
+            assert bytes_on_disk(tmp_path) > before, "each process gets on"
+            before = bytes_on_disk(tmp_path)
+        printed, _ = await reading
+    assert child.returncode == 0
     assert_complete(tmp_path)
-    assert proxy.down_bytes <= 1.05 * NEEDED
+    assert int(printed.split()[-1]) == NEEDED - before
