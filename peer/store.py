@@ -341,12 +341,13 @@ class StateStore:
             return file.read(PIECE_BYTES)
 
     def keep(self, roots: Collection[bytes]) -> None:
-        """Delete every other state."""
-        for root in self.roots():
-            if root not in roots:
-                with os_errors(self._file(root)):
-                    self._hash_file(root).unlink(missing_ok=True)
-                    self._file(root).unlink(missing_ok=True)
+        """Delete every other state, and halves that a crash has left of one."""
+        names = {root.hex() for root in roots}
+        # The hashes go first, for a state without them counts as absent.
+        for path in (*self.folder.glob("*.pieces"), *self.folder.glob("*.safetensors")):
+            if path.stem not in names and _DIGEST_HEX.fullmatch(path.stem):
+                with os_errors(path):
+                    path.unlink(missing_ok=True)
         self._pieces = {piece: place for piece, place in self._pieces.items() if place[0] in roots}
         # A piece that two states share may have been indexed under the one that went.
         for root in self.roots():

@@ -269,6 +269,18 @@ def test_pieces_are_served_from_the_file_also_after_a_restart(tmp_path: Path) ->
     assert states.hashes(bytes(32)) is None
 
 
+@pytest.mark.parametrize("lost", ["*.pieces", "*.safetensors"])
+def test_keep_deletes_the_half_of_a_state_that_a_crash_has_left(tmp_path: Path, lost: str) -> None:
+    states = StateStore(tmp_path)
+    flat, layout = example_state()
+    states.save(flat, layout, {})
+    next(tmp_path.glob(lost)).unlink()
+    assert states.roots() == [] and len(list(tmp_path.iterdir())) == 1
+    root = states.save(flat + np.float32(1), layout, {})
+    states.keep([root])
+    assert states.roots() == [root] and len(list(tmp_path.iterdir())) == 2
+
+
 def test_keep_deletes_the_other_states_but_no_shared_piece(tmp_path: Path) -> None:
     first, layout = example_state()
     second = first.copy()
