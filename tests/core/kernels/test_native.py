@@ -102,6 +102,11 @@ def huge(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
     return rng.uniform(-1, 1, length) * 10.0 ** rng.integers(0, 39)
 
 
+def uneven(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
+    """A tiny value here and there, hidden in its block by others that are alike."""
+    return np.where(rng.random(length) < 0.03, 1e-12, rng.uniform(1, 1.9, length))
+
+
 def any_bits(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
     """Every finite exponent alike."""
     patterns = rng.integers(0, 2**32, length, dtype=np.uint32)
@@ -109,7 +114,7 @@ def any_bits(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
     return patterns.view(np.float32).astype(np.float64)
 
 
-KINDS = [ordinary, ordinary, ties, all_equal, zeros, few, denormal, almost_absent, huge, any_bits]
+KINDS = [ordinary, ordinary, ties, all_equal, zeros, few, denormal, almost_absent, huge, uneven, any_bits]
 
 
 def values_of(size: int, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -154,6 +159,23 @@ def check_compress(kernels: Native, size: int, k: int, code_bits: int, beta: flo
 @given(sizes, ks, code_bits_of, st.sampled_from([0.0, 0.5, 0.95, 1.0]), seeds)
 def test_compress_is_bit_equal(kernels: Native, size: int, k: int, code_bits: int, beta: float, seed: int) -> None:
     check_compress(kernels, size, k, code_bits, beta, seed)
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(KINDS))
+def test_each_kind_of_values_is_compressed_for_each_size_of_block(
+    kernels: Native, kind: Callable[[np.random.Generator, int], NDArray[np.float64]]
+) -> None:
+    rng = np.random.default_rng(8)
+    acc = np.concatenate([kind(rng, CHUNK), kind(rng, CHUNK), kind(rng, 1000)]).astype(np.float32)
+    negative = np.full_like(acc, -0.0)  # acc + -0 is acc, the sign of a zero included
+    for k in (1, 64, 128, 129, 256, 257, 512, 513, 2049, CHUNK):
+        for code_bits in (1, 2):
+            sparse, rest = reference.compress(acc, k, code_bits)
+            residual = negative.copy()
+            section, positions, originals = kernels.compress(residual, acc, np.zeros_like(acc), 1.0, k, code_bits)
+            assert section == encode_section(sparse, k, code_bits), (k, code_bits)
+            np.testing.assert_array_equal(bits(residual), bits(rest))
+            np.testing.assert_array_equal(bits(originals), bits(acc[positions]))
 
 
 @pytest.mark.parametrize("code_bits", [1, 2])
