@@ -5,6 +5,7 @@
 #   make test     the whole test suite
 #   make fix      let ruff format and repair what it can
 #   make fuzz     a million mutated sections under the sanitizers, then packets and updates for four minutes
+#   make chaos    kill, stop, slow and cut off real processes for half an hour, and print figures
 #   make proto    regenerate peer/net/pb from proto/swarm.proto
 #   make vectors  regenerate protocol/vectors from protocol/cases; `make lint` fails when they differ
 #   make ci       everything that CI runs
@@ -22,10 +23,12 @@ PIP := $(PY) -m pip install --disable-pip-version-check --no-input
 # The stamps say that .venv holds what pyproject.toml asks for, so an up-to-date target starts at once.
 DEV := .venv/.stamp-dev
 HF := .venv/.stamp-hf
+# Many tests wait for the timers of the processes they start, so more run at once than there are cores.
+PYTEST := $(PY) -m pytest -n 4 --dist loadfile
 # Arguments for the demo, for example: make demo ARGS="--peers 3"
 ARGS :=
 
-.PHONY: help venv demo check lint test fix fuzz proto vectors ci clean
+.PHONY: help venv demo check lint test fix fuzz chaos proto vectors ci clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -67,10 +70,10 @@ lint: $(DEV)
 	$(PY) -m protocol.make_vectors --check
 
 check: lint
-	$(PY) -m pytest -q -m 'not slow and not hf'
+	$(PYTEST) -q -m 'not slow and not hf'
 
 test: $(DEV)
-	$(PY) -m pytest -m 'not hf'
+	$(PYTEST) -m 'not hf'
 
 fix: $(DEV)
 	$(PY) -m ruff check --fix .
@@ -79,6 +82,9 @@ fix: $(DEV)
 # Builds its own program, so that what serves is never built with sanitizers.
 fuzz: $(DEV)
 	$(PY) -m tests.core.kernels.fuzz
+
+chaos: $(DEV)
+	nice $(PY) -m tests.chaos.long
 
 # The mapping makes the generated code a part of the package peer.net.pb; tests/test_generated.py does the same.
 proto: $(DEV)
@@ -92,7 +98,7 @@ vectors: $(DEV)
 ci: $(HF)
 	$(MAKE) lint
 	$(MAKE) demo
-	$(PY) -m pytest
+	$(PYTEST)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

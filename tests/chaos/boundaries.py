@@ -114,7 +114,8 @@ def _watch_files(reach: Callable[[str], None]) -> None:
         unlink(path)
         reach(f"after unlink {_place(path)}")
 
-    os.fsync, os.replace, os.unlink = watched_fsync, watched_replace, watched_unlink  # type: ignore[assignment]
+    os.fsync = watched_fsync  # type: ignore[assignment]  # nobody here has anything else than a number
+    os.replace, os.unlink = watched_replace, watched_unlink  # type: ignore[assignment]  # nor folders by number
 
 
 def _watch_journal(reach: Callable[[str], None]) -> None:
@@ -140,7 +141,7 @@ def _watch_journal(reach: Callable[[str], None]) -> None:
             path, timeout, isolation_level=isolation_level, check_same_thread=check_same_thread, factory=Watched
         )
 
-    sqlite3.connect = watched_connect  # type: ignore[assignment]
+    sqlite3.connect = watched_connect  # type: ignore[assignment]  # takes what the journal gives
 
 
 def _watch_messages(reach: Callable[[str], None]) -> None:
@@ -155,7 +156,7 @@ def _watch_messages(reach: Callable[[str], None]) -> None:
         await write(service, context, message)
         reach(f"after {name}")
 
-    _Service._write = watched_write  # type: ignore[method-assign,assignment]
+    _Service._write = watched_write  # type: ignore[method-assign,assignment]  # a shim for it
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,15 @@ class Generation:
 class Siege:
     """One run, its peers, and one aggregator after the other."""
 
-    def __init__(self, folder: Path, *, quorum: int, grace_s: float = 0.2, through_port: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        quorum: int,
+        grace_s: float = 0.2,
+        through_port: int | None = None,
+        log: Path | None = None,
+    ) -> None:
         settings = parse_settings(SETTINGS.format(rounds=FOREVER, steps=5, grace_s=3.0))
         rules = dataclasses.replace(
             settings.rounds,
@@ -144,6 +152,7 @@ class Siege:
             deadline_s=DEADLINE_S,
         )
         self.folder, self.quorum = folder, quorum
+        self.log = log or folder / "aggregator"
         self.path = make_run(folder, dataclasses.replace(settings, rounds=rules))
         signed, self.invite = OperatorFolder(self.path).load()
         self.run: RunConfig = signed.config
@@ -163,7 +172,7 @@ class Siege:
                 task.cancel()
 
     def start(self, spell: Spell | None = None) -> Child:
-        return Child(self.folder / "aggregator", "aggregate", str(self.path), spell=spell)
+        return Child(self.log, "aggregate", str(self.path), spell=spell)
 
     def ended(self, status: int) -> None:
         """Note what a process that is dead now has closed."""
