@@ -79,7 +79,7 @@ class Telemetry:
         level, name = event.pop("level"), event.pop("event")
         line = json_line(now, self._program, level, name, event)
         with self._lock:
-            self.console.print(human_line(now, level, name, event))
+            self.console.say(human_line(now, level, name, event))
             if self._file is not None:
                 self._write_file(line)
             if self._stdout is not None:
@@ -91,7 +91,7 @@ class Telemetry:
         try:
             self._file.write(line)
         except OSError as error:
-            self.console.print(f"warning: the log file {self._file.path} is given up: {error.strerror}")
+            self.console.say(f"warning: the log file {self._file.path} is given up: {error.strerror}")
             self._file.close()
             self._file = None
 
@@ -110,6 +110,13 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
+
+    def say(self, line: str) -> None:
+        """Print a line, or nothing more at all when it goes to a file whose disk is full."""
+        try:
+            self.print(line)
+        except OSError:
+            self.quiet = True
 
 
 class LogFile:

@@ -115,6 +115,18 @@ def test_readers_that_went_away_do_not_stop_the_program(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stderr_does_not_stop_the_program(tmp_path: Path) -> None:
+    full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
+    path = tmp_path / "log"
+    with Telemetry("client", file=path, json_stdout=False, stderr=full) as telemetry:
+        structlog.get_logger().info("first")
+        structlog.get_logger().info("second")
+        assert telemetry.console.quiet
+    full.detach().close()
+    assert len(path.read_text().splitlines()) == 2
+
+
 def test_a_log_file_is_bounded(tmp_path: Path) -> None:
     log = LogFile(tmp_path / "log", bytes_max=100)
     for number in range(50):
