@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 SNAPSHOT_ROUNDS = 5
 KEEP_ROUNDS = 12
+MEET_S = 15.0
 FIRST_WALL_MS = 1_700_000_000_000
 Reply = Callable[[bool, int], None]
 
@@ -63,6 +64,7 @@ class Row:
 
     packet: Arrived
     round: int
+    base_root: bytes
     verdict: Verdict | None = None
     code: int = 0
 
@@ -76,12 +78,14 @@ class Disk:
     blobs: dict[tuple[str, bytes], bytes] = field(default_factory=dict)
     states: dict[bytes, bytes] = field(default_factory=dict)
 
-    def mirror(self, rounds: int) -> "Disk":
-        """What another aggregator that follows the ledger has: all but the last few rounds, and no open packets."""
-        records = self.records[: max(1, len(self.records) - rounds)]
-        head = records[-1].round
-        rows = {digest: replace(row) for digest, row in self.rows.items() if row.round <= head}
-        return Disk(records, rows, dict(self.blobs), dict(self.states))
+    def mirror(self, own: "Disk") -> "Disk":
+        """What an aggregator that follows the ledger has: all of it, and packets of its own that are undecided here."""
+        head = self.records[-1]
+        rows = {digest: replace(row) for digest, row in self.rows.items()}
+        open_rows = {digest: row for digest, row in own.rows.items() if row.round > head.round and digest not in rows}
+        rows |= {digest: replace(row, verdict=None, code=0) for digest, row in open_rows.items()}
+        blobs = {("packet", digest): own.blobs["packet", digest] for digest in open_rows}
+        return Disk(list(self.records), rows, {**blobs, **self.blobs}, dict(self.states))
 
 
 class Aggregator:
@@ -93,6 +97,7 @@ class Aggregator:
         self.disk = Disk() if disk is None else disk
         self.epoch = epoch
         self.up = False
+        self.retired = False
         self.life = 0
         self.crashes = 0
         self.links: dict[Link, Volunteer] = {}
@@ -121,11 +126,17 @@ class Aggregator:
             self._append(genesis_record(self.run, self.key, self._now_ms()))
         self._states = [self._recover()]
         head = self.disk.records[-1]
-        rows = [row.packet for row in self.disk.rows.values() if row.round == head.round + 1]
-        self.round = AggregatorRound(self.run, head.round + 1, head.state_root, self.clock.now_s, taken_up=rows)
+        opened = head.round + 1, head.state_root
+        rows = [row.packet for row in self.disk.rows.values() if (row.round, row.base_root) == opened]
+        self.round = AggregatorRound(self.run, *opened, self.clock.now_s, taken_up=rows, returning=self._contributors())
         self._opened_ms = self._now_ms()
         if head.round < self.run.outer.rounds:
             self.handle(Tick())
+
+    def _contributors(self) -> frozenset[bytes]:
+        """Whose packets counted in the last round in which any did."""
+        counted = (frozenset(entry.peer for entry in accepted(item.entries)) for item in reversed(self.disk.records))
+        return next(filter(None, counted), frozenset())
 
     def _recover(self) -> tuple[bytes, NDArray[np.float32]]:
         """The parameters of the head: the last snapshot, and the updates since."""
@@ -142,8 +153,8 @@ class Aggregator:
         assert root == records[-1].state_root, "snapshot and updates lead to the state of the head"
         return root, flat
 
-    def crash(self, *, for_good: bool = False) -> None:
-        """Die; unless for good, come back after a while."""
+    def crash(self, *, away_s: float | None = None) -> None:
+        """Die, and come back after a while."""
         if not self.up:
             return
         self.up = False
@@ -153,15 +164,27 @@ class Aggregator:
         links, self.links = self.links, {}
         for link, peer in links.items():
             self.swarm.cut(link, peer, self)
-        if not for_good:
-            jump_s = self.swarm.faults.wall_jump_s
-            self._wall_ms += int(1000 * self._chance.uniform(-jump_s, jump_s))
-            self.clock.after(self._chance.uniform(1, 30), self._come_back)
+        jump_s = self.swarm.faults.wall_jump_s
+        self._wall_ms += int(1000 * self._chance.uniform(-jump_s, jump_s))
+        self.clock.after(self._chance.uniform(1, 30) if away_s is None else away_s, self._come_back)
 
     def _come_back(self) -> None:
-        if self is self.swarm.aggregator:
+        if not self.retired:
             self.swarm.story.add(self.clock.now_s, self.name, "is back")
             self.start()
+
+    def meet(self) -> None:
+        """Compare heads with the other aggregators now and then; one that learns of a higher epoch leads no more."""
+        if self.retired:
+            return
+        if self.up and not self.swarm.split:
+            self.swarm.meet(self)
+        self.clock.after(self._chance.uniform(0.5, 1) * MEET_S, self.meet)
+
+    def retire(self) -> None:
+        """Lead no more."""
+        self.retired = True
+        self.crash()
 
     def enter(self, action: Callable[[], object]) -> None:
         """Do something that may end in a crash half-way."""
@@ -243,7 +266,7 @@ class Aggregator:
         arrived = Arrived(peer, digest, header.tokens, header.inner_steps)
         self.disk.blobs["packet", digest] = data
         self._step()
-        self.disk.rows.setdefault(digest, Row(arrived, header.round))
+        self.disk.rows.setdefault(digest, Row(arrived, header.round, header.base_root))
         self._step()
         if round is not self.round:
             reply(False, Code.LATE)
@@ -276,6 +299,11 @@ class Aggregator:
         if kind == "record":
             return next((record.to_bytes() for record in reversed(self.disk.records) if record.digest == digest), None)
         return self.disk.blobs.get((kind, digest))
+
+    @property
+    def head(self) -> RoundRecord:
+        """The newest record that it signed or copied."""
+        return self.disk.records[-1]
 
     @property
     def state(self) -> NDArray[np.float32]:  # f32[N]
@@ -341,7 +369,7 @@ class Aggregator:
         self._forget(record.round - KEEP_ROUNDS)
         self._broadcast(self._tell_record)
         self._step()
-        self.swarm.closed(record)
+        self.swarm.closed(self, record)
         if not self.finished:
             self.round = self.round.next(record.state_root, self.clock.now_s)
             self._opened_ms = self._now_ms()

@@ -20,7 +20,7 @@ from protocol.round import Close
 from protocol.run import RunConfig
 from protocol.update import to_update_tensor, update_values
 
-STATES_KEPT = 8
+STATES_KEPT = 64  # a leader that was away for long may go on from an old one
 QUEUE_MAX = 4200  # entries of a record, and some
 TRANSIENT = {Code.LATE, Code.DUPLICATE, Code.BUSY, Code.WRONG_DIGEST, Code.BAD_SESSION}
 
@@ -90,7 +90,8 @@ class Checkers:
         self._zeros = np.zeros_like(state)
         self._states = {state_root(state): state}
         self._recent: deque[bytes] = deque([run.genesis_root])
-        self._receipted: dict[bytes, tuple[int, bytes]] = {}  # packet -> round and base of an accepting receipt
+        # Packet and epoch of an accepting receipt -> round and base of the packet.
+        self._receipted: dict[tuple[bytes, int], tuple[int, bytes]] = {}
         self._moved_back: set[Code] = set()
         self._listed: dict[bytes, set[bytes]] = {}  # packet -> records that list it
 
@@ -128,24 +129,34 @@ class Checkers:
         enough = good >= self.run.rounds.quorum
         demand(enough == (record.kind == Kind.APPLIED), "quorum", f"round {record.round} with {good} packets")
         listed = {entry.packet_digest: entry for entry in record.entries}
-        previous = self.records[record.previous]
-        for packet, (round, base) in list(self._receipted.items()):
-            if (round, base) != (record.round, previous.state_root):
+        due = (record.round, self.records[record.previous].state_root)
+        for (packet, epoch), opened in list(self._receipted.items()):
+            if (opened, epoch) != (due, record.epoch):
                 continue
-            demand(packet in listed, "receipt", f"{packet.hex()[:8]} had one, and round {round} does not list it")
+            demand(
+                packet in listed, "receipt", f"{packet.hex()[:8]} had one, and round {record.round} does not list it"
+            )
             wanted = 0 if record.kind == Kind.APPLIED else int(Code.NO_QUORUM)
             code = listed[packet].code
             demand(code == wanted, "receipt", f"{packet.hex()[:8]} had one, and its code is {code}")
-            del self._receipted[packet]
+            del self._receipted[packet, epoch]
 
     def _on_one_chain(self, early: RoundRecord, late: RoundRecord) -> bool:
         return self.ancestor(late, early.round) == early
 
     def ancestor(self, record: RoundRecord, round: int) -> RoundRecord | None:
-        """The record of an earlier round on the way to this one."""
+        """The record of an earlier round on the way to this one, or this one."""
         while record.round > round:
             record = self.records[record.previous]
         return record if record.round == round else None
+
+    def chain(self, record: RoundRecord) -> list[RoundRecord]:
+        """All rounds up to this one, oldest first."""
+        records = []
+        while record.round > 0:
+            records.append(record)
+            record = self.records[record.previous]
+        return records[::-1]
 
     def _check_update(self, previous: RoundRecord, record: RoundRecord) -> None:
         """Merge once more, in the plainest way, from the bytes that the senders made."""
@@ -185,25 +196,40 @@ class Checkers:
 
     # Packets and receipts
 
-    def receipt(self, packet: bytes, accepted: bool, code: int, *, durable: bool, expected: set[Code] | None) -> None:
-        """A receipt leaves. Before an accepting one the packet is durable; a hostile packet gets its own code."""
+    def receipt(
+        self,
+        packet: bytes,
+        accepted: bool,
+        code: int,
+        *,
+        by: tuple[RoundRecord, int] | None,
+        expected: set[Code] | None,
+    ) -> None:
+        """A receipt leaves. Before an accepting one the packet is durable; a hostile packet gets its own code.
+
+        `by` is the head and the epoch of an aggregator that has the packet on its disk, None when it has not.
+        """
         # What a record has decided is told to anybody who sends the packet once more.
         if expected is not None and packet not in self._listed:
             allowed = {int(item) for item in expected | TRANSIENT | self._moved_back}
             demand(code in allowed, "refusal", f"expected {expected}, got {code}")
         if not accepted:
             return
-        demand(durable, "durable before receipt", packet.hex()[:8])
+        demand(by is not None, "durable before receipt", packet.hex()[:8])
+        assert by is not None
+        head, epoch = by
+        decided = any(self._on_one_chain(self.records[name], head) for name in self._listed.get(packet, ()))
         made = self.made.get(packet)
-        if made is not None and not self._settled_by_a_record(packet):
-            self._receipted[packet] = (made.round, made.base_root)
+        if made is not None and not decided:
+            self._receipted[packet, epoch] = made.round, made.base_root
 
-    def _settled_by_a_record(self, packet: bytes) -> bool:
-        return packet in self._listed
-
-    def taken_over(self) -> None:
-        """What the last aggregator promised and did not record is gone with it."""
-        self._receipted.clear()
+    def takes_over(self, head: RoundRecord, newest: RoundRecord, epoch: int) -> None:
+        """Another aggregator leads from a record on: in an epoch of its own, and at most one record back."""
+        demand(all(epoch != record.epoch for record in self.records.values()), "epochs", f"{epoch} was used before")
+        demand(newest.round <= head.round + 1, "takeover", f"from round {head.round}, and it knew {newest.round}")
+        # What it promised before in this epoch, in which it signed nothing, others have decided.
+        opened = head.round + 1, head.state_root
+        self._receipted = {key: due for key, due in self._receipted.items() if key[1] != epoch or due == opened}
         # The round that a packet was made for may be open once more, or on another base.
         self._moved_back = {Code.WRONG_ROUND, Code.WRONG_BASE}
 
@@ -344,15 +370,21 @@ class Checkers:
         for name, size in {**sizes, **extra}.items():
             demand(size <= QUEUE_MAX, "memory", f"{who} {name} holds {size}")
 
-    def books_balance(self, *, final: bool) -> None:
-        """Over all packets: what was sent is with the run, was returned, or is still open."""
+    def books_balance(self, last: int | None = None) -> None:
+        """Over all packets: what was sent is with the run, was returned, or is still open.
+
+        In the end nothing is open. `last` is then the epoch in which the run was completed.
+        """
+        final = last is not None
         for peer, account in self.accounts.items():
             still = account.open.total if account.open is not None else 0
             balance = account.kept_by_run + account.returned + still
             demand(account.sent == balance, "books", f"{peer.hex()[:8]}: {account.sent} sent, {balance} found again")
             demand(not final or account.open is None, "books", f"{peer.hex()[:8]} never learned its packet's fate")
         if final:
-            demand(not self._receipted, "receipt", f"{len(self._receipted)} were never kept")
+            # What another aggregator promised before a takeover and did not record went with it.
+            broken = [packet for packet, epoch in self._receipted if epoch == last]
+            demand(not broken, "receipt", f"{len(broken)} were never kept: {[name.hex()[:8] for name in broken[:3]]}")
 
 
 def _read_section(section: bytes, size: int, start: int, k: int) -> tuple[list[int], list[int]]:

@@ -74,7 +74,8 @@ def _ratio(section: bytearray) -> None:
 
 
 def _lost_gap(section: bytearray) -> None:
-    section[4] = 255  # the first gap goes on instead of ending, so one is missing
+    # The first gap goes on instead of ending, or ends instead of going on: one is missing, or there is one too many.
+    section[4] = 0 if section[4] == 255 else 255
 
 
 def _far_gaps(section: bytearray) -> None:
@@ -113,10 +114,10 @@ ATTACKS: dict[str, Callable[[_Scene], Attack]] = {
     "merkle": _other_sections,
     "ratio": lambda s: s.attack(_sections(s, 0, _ratio), Code.BAD_RATIO),
     "gaps": lambda s: s.attack(_sections(s, 0, _lost_gap), Code.BAD_FRAME),
-    "indices": lambda s: s.attack(_sections(s, 0, _far_gaps), Code.BAD_INDEX),
-    # By the time it arrives, the next round may be open.
-    "future": lambda s: s.attack(s.packet(round=s.round + 1), Code.WRONG_ROUND, Code.WRONG_BASE),
-    "past": lambda s: s.attack(s.packet(round=max(1, s.round - 1)), Code.LATE),
+    "indices": lambda s: s.attack(_sections(s, 0, _far_gaps), Code.BAD_INDEX, Code.BAD_FRAME),
+    # By the time it arrives, the next round may be open, and after a null round on the same base.
+    "future": lambda s: s.attack(s.packet(round=s.round + 1, base=s.run.run_id), Code.WRONG_ROUND, Code.WRONG_BASE),
+    "past": lambda s: s.attack(s.packet(round=max(1, s.round - 1), base=s.run.run_id), Code.LATE, Code.WRONG_BASE),
     "base": lambda s: s.attack(s.packet(base=bytes([9]) * 32), Code.WRONG_BASE),
     "replay": lambda s: s.attack(s.other, *([] if s.other.header.peer == s.key.public else [Code.NOT_A_MEMBER])),
     "other digest": lambda s: dataclasses.replace(s.attack(s.packet()), digest=bytes([5]) * 32),

@@ -131,6 +131,8 @@ def drawn(seed: int, *, rounds: int = 50) -> Settings:
             latency_s=chance.choice([0.01, 0.1, 0.4]),
             loss=chance.choice([0.0, 0.02, 0.1]),
         ),
+        # With few values the gaps are long, with many short.
+        k=chance.choice([16, 128, 256]),
         stragglers=chance.choice([0.0, 0.1, 0.3]),
         half_life_s=chance.choice([NEVER, 300.0]),
         away_s=chance.choice([10.0, 60.0]),

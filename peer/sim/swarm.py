@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from peer.merge import sections_of_bundle, sections_of_update
 from peer.sim import hostile
-from peer.sim.aggregator import Aggregator
+from peer.sim.aggregator import Aggregator, Disk
 from peer.sim.checkers import BrokenError, Checkers
 from peer.sim.clock import Clock, Story, chance_of
 from peer.sim.model import Problem
 from peer.sim.network import Link, Traffic
 from peer.sim.settings import NEVER, Faults, Settings, Sizes, genesis_state, key_of, make_run
+from peer.sim.standby import StandbyDriver
 from peer.sim.volunteer import STATE_PIECES, Volunteer
 from protocol.errors import ProtocolError
 from protocol.ledger import Kind, RoundRecord, Verdict
@@ -89,14 +90,17 @@ class Swarm:
         self._losses: list[float] = []
         self._present = 0
         self._progress_s = 0.0
+        self._split_until_s = 0.0
+        self._complete = False
+        self.standbys: list[StandbyDriver] = []
         self.aggregators = [Aggregator(self, AGGREGATORS[0])]
         self.peers = [self._peer(number) for number in range(settings.peers)]
         self._hostile = set(self.peers[: settings.hostile])
 
     @property
     def aggregator(self) -> Aggregator:
-        """The one that peers find; a standby that has taken over comes last."""
-        return self.aggregators[-1]
+        """The one that leads in the highest epoch."""
+        return max((item for item in self.aggregators if not item.retired), key=lambda item: item.epoch)
 
     def _peer(self, number: int) -> Volunteer:
         chance = chance_of(self.settings.seed, f"pace {number}")
@@ -108,6 +112,9 @@ class Swarm:
     def start(self) -> None:
         """Let everybody begin, and things go wrong from now on."""
         self.aggregator.start()
+        self.aggregator.meet()
+        for name in AGGREGATORS[1:]:
+            self._stand_by(name)
         for peer in self.peers:
             self.clock.after(self.chance.uniform(0, self.settings.inner_s / 2), peer.start)
             self._churn(peer)
@@ -116,7 +123,7 @@ class Swarm:
         self._strike(faults.cut_s, self._cut_something)
         self._strike(faults.partition_s, self._partition)
         self._strike(faults.crash_s, self._crash)
-        self._strike(faults.takeover_s, self._take_over)
+        self._strike(faults.takeover_s, self._silence_the_leader)
 
     def go(self) -> Outcome:
         """Run until the run is complete and every peer has its last state. Raises SimulationError."""
@@ -142,31 +149,42 @@ class Swarm:
         return self._outcome()
 
     def _over(self) -> bool:
-        return self.aggregator.up and self.aggregator.finished and all(peer.done for peer in self.peers)
+        return all(peer.done for peer in self.peers)
+
+    def _last(self) -> RoundRecord:
+        """The last record of the run; of two branches that came to their ends, that of the higher epoch."""
+        return max((peer.machine.record for peer in self.peers if peer.machine.record), key=lambda item: item.epoch)
 
     def _check_the_end(self) -> None:
-        self.checkers.books_balance(final=True)
-        last = self.aggregator.disk.records[-1]
+        last = self._last()
+        self.checkers.books_balance(last.epoch)
         for peer in self.peers:
-            self.checkers.moved(peer.key.public, last, peer.replica.outer.numpy())
+            held = peer.machine.record
+            assert held is not None, "a finished peer has a record"
+            # Whoever finished before it could hear of a takeover has the last state of the other branch.
+            wanted = held if held.epoch < last.epoch else last
+            self.checkers.moved(peer.key.public, wanted, peer.replica.outer.numpy())
 
-    def closed(self, record: RoundRecord) -> None:
+    def closed(self, leader: Aggregator, record: RoundRecord) -> None:
         """A round is over: take the figures, and look at what is checked once a round."""
+        if record.round >= self.run.outer.rounds:
+            self._complete = True
+            self.faults = Faults()
+        if leader is not self.aggregator:
+            return
         self._closed.append(record)
         self._progress_s = self.clock.now_s
         present = [peer for peer in self.peers if peer.up]
         self._present += len(present)
         state = self.aggregator.state
         self._losses.append(self.problem.loss(state))
-        self.checkers.books_balance(final=False)
+        self.checkers.books_balance()
         self.aggregator.check_bounds()
         for peer in present:
             peer.check_bounds()
         limit = 60 * len(self.peers) + 400
         if self.clock.waiting > limit:
             raise BrokenError("memory", f"{self.clock.waiting} things are to happen")
-        if record.round >= self.run.outer.rounds:
-            self.faults = Faults()
 
     def opened(self, peer: Volunteer, event: Opened) -> None:
         """A peer heard of a round; a hostile one has plans for it."""
@@ -175,7 +193,7 @@ class Swarm:
 
     def _strike(self, mean_s: float, fault: Callable[[], object]) -> None:
         def again() -> None:
-            if not self.aggregator.finished:
+            if not self._complete:
                 fault()
                 self.clock.after(self.chance.expovariate(1 / mean_s), again)
 
@@ -199,7 +217,7 @@ class Swarm:
         settings = self.settings
 
         def leave() -> None:
-            if not self.aggregator.finished:
+            if not self._complete:
                 away_s = self.chance.expovariate(1 / settings.away_s)
                 self._kill(peer, away_s)
                 self.clock.after(away_s + self._stay_s(), leave)
@@ -228,24 +246,62 @@ class Swarm:
                 if length_s > 20:
                     peer.cut()
 
-    def _take_over(self) -> None:
-        """The aggregator dies for good; a standby goes on, in a higher epoch, from what it has mirrored.
-
-        Until the standby's own machine is here, the takeover is a stroke from outside.
-        """
-        number = len(self.aggregators)
-        if number == len(AGGREGATORS) or self.aggregator.finished:
+    def _silence_the_leader(self) -> None:
+        """The leader is away for long, or the aggregators cannot hear each other; a standby takes over."""
+        if self.aggregator.head.round > self.run.outer.rounds / 2:
             return
-        old = self.aggregator
-        old.crash(for_good=True)
-        old.up = False
+        length_s = self.chance.uniform(60, 200)
+        if self.chance.random() < 0.5:
+            self.aggregator.crash(away_s=length_s)
+        else:
+            self.story.add(self.clock.now_s, "net", f"the aggregators are split for {length_s:.0f} s")
+            self._split_until_s = self.clock.now_s + length_s
+
+    @property
+    def split(self) -> bool:
+        """Whether the aggregators cannot hear each other."""
+        return self.clock.now_s < self._split_until_s
+
+    def take_over(self, standby: StandbyDriver, leader: Aggregator) -> None:
+        """A standby leads from now on."""
+        self.story.add(self.clock.now_s, leader.name, f"takes over after round {leader.head.round}")
         self.takeovers += 1
-        self.checkers.taken_over()
-        disk = old.disk.mirror(self.chance.choice([0, 0, 1, 2]))
-        new = Aggregator(self, AGGREGATORS[number], disk=disk, epoch=old.epoch + 1)
-        self.story.add(self.clock.now_s, new.name, f"takes over after round {disk.records[-1].round}")
-        self.aggregators.append(new)
-        self.clock.after(self.chance.uniform(1, 30), new.start)
+        self.standbys.remove(standby)
+        self.aggregators.append(leader)
+        leader.start()
+        leader.meet()
+
+    def meet(self, leader: Aggregator) -> None:
+        """A leader hears of the others' heads."""
+        for other in [item for item in self.aggregators if item.up and item is not leader]:
+            theirs = other.head.epoch, other.head.round
+            # As long as it signed nothing in its epoch, one that has as many records goes on instead.
+            yields = leader.epoch > leader.head.epoch and theirs >= (leader.head.epoch, leader.head.round)
+            if (yields or theirs > (leader.epoch, leader.head.round)) and not leader.retired:
+                self.retire(leader)
+
+    def retire(self, leader: Aggregator) -> None:
+        """A leader learned of a higher epoch."""
+        self.story.add(self.clock.now_s, leader.name, "stands by")
+        leader.retire()
+        self._stand_by(leader.name, leader.disk)
+
+    def _stand_by(self, name: str, own: Disk | None = None) -> None:
+        standby = StandbyDriver(self, name, stood_by=self.takeovers, own=own)
+        self.standbys.append(standby)
+        standby.follow()
+
+    def find(self, peer: Volunteer) -> Aggregator | None:
+        """Where a peer joins: an aggregator that leads. One that has not heard of a takeover is told of it."""
+        leaders = [item for item in self.aggregators if item.up]
+        self._wire.shuffle(leaders)
+        leaders.sort(key=lambda item: item.epoch != peer.newest[0])
+        for leader in leaders:
+            if leader.head.epoch >= peer.newest[0]:
+                return leader
+            if peer.newest > (leader.epoch, leader.head.round):
+                self.retire(leader)
+        return None
 
     # The network
 
@@ -305,7 +361,7 @@ class Swarm:
     def _outcome(self) -> Outcome:
         reasons: dict[str, int] = {}
         listed = accepted = steps = 0
-        for record in self._closed:
+        for record in self.checkers.chain(self._last()):
             name = "null" if record.kind == Kind.NULL else record.reason.name.lower()
             reasons[name] = reasons.get(name, 0) + 1
             listed += len(record.entries)

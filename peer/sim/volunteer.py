@@ -85,6 +85,7 @@ class Volunteer:
         self._pieces_of, self._pieces = b"", 0
         self.present_s = 0.0
         self.unreachable_until_s = 0.0
+        self.newest = (0, 0)  # epoch and round of the newest record that it has seen; it remembers them
         self.link: Link | None = None
         self._rate = 1 + self.chance.uniform(-swarm.settings.faults.drift, swarm.settings.faults.drift)
         self._since_s = 0.0
@@ -158,10 +159,10 @@ class Volunteer:
     # The link
 
     def _dial(self) -> None:
-        aggregator = self.swarm.aggregator
         if self.link is not None or self.done:
             return
-        if not aggregator.up or self.clock.now_s < self.unreachable_until_s:
+        aggregator = self.swarm.find(self)
+        if aggregator is None or self.clock.now_s < self.unreachable_until_s:
             self.later(self.chance.uniform(1, 8), self._dial)
             return
         self._aggregator = aggregator
@@ -191,6 +192,8 @@ class Volunteer:
     def heard(self, link: Link, event: ReplicaEvent) -> None:
         """Something came down the watch."""
         if self.up and link is self.link:
+            if isinstance(event, Connected):
+                self.newest = max(self.newest, (event.head.epoch, event.head.round))
             self.handle(event)
             if isinstance(event, Opened):
                 self.swarm.opened(self, event)
@@ -199,14 +202,16 @@ class Volunteer:
         """A record came down the watch, and whether its packets are offered as a bundle."""
         if self.up and link is self.link:
             self._bundle_of = record.digest if bundle else b""
+            self.newest = max(self.newest, (record.epoch, record.round))
             self.handle(Recorded((record,)))
 
     def fetch(self, kind: str, digest: bytes, got: Callable[[bytes | None], None]) -> None:
         """Ask for a blob; None means that it is not there. A lost link fails the job under way."""
-        link, aggregator = self.link, self.swarm.aggregator
+        link = self.link
         if link is None:
             self.later(_OWN_TIME_S, self._fail)
             return
+        aggregator = self._aggregator
         life = self.life
         call = link.call(lambda: self._fail() if self.life == life else None)
 
@@ -343,15 +348,17 @@ class Volunteer:
         expected: set[Code] | None = None,
     ) -> None:
         """Upload a packet. `expected` are the codes for which a hostile one must be refused."""
-        link, aggregator, life = self.link, self.swarm.aggregator, self.life
+        link, life = self.link, self.life
         if link is None:
             self.later(_OWN_TIME_S, lambda: answered(False, Code.BUSY))
             return
+        aggregator = self._aggregator
         call = link.call(lambda: answered(False, Code.BUSY) if self.life == life else None)
 
         def reply(accepted: bool, code: int) -> None:
             durable = digest in aggregator.disk.rows and ("packet", digest) in aggregator.disk.blobs
-            self.swarm.checkers.receipt(digest, accepted, code, durable=durable, expected=expected)
+            by = (aggregator.head, aggregator.epoch) if durable else None
+            self.swarm.checkers.receipt(digest, accepted, code, by=by, expected=expected)
             link.down(
                 CONTROL_BYTES,
                 lambda: answered(accepted, code) if link.answered(call) and self.life == life else None,

@@ -176,14 +176,15 @@ MUTATIONS = (
     Mutation(
         "a receipt leaves before the packet is in the journal",
         "peer/sim/aggregator.py",
-        "        self.disk.rows.setdefault(digest, Row(arrived, header.round))\n",
-        "        self.later(0.5, lambda: self.disk.rows.setdefault(digest, Row(arrived, header.round)))\n",
+        "        self.disk.rows.setdefault(digest, Row(arrived, header.round, header.base_root))\n",
+        "        row = Row(arrived, header.round, header.base_root)\n"
+        "        self.later(0.5, lambda: self.disk.rows.setdefault(digest, row))\n",
     ),
     Mutation(
         "a restarted aggregator forgets the packets of the open round",
         "peer/sim/aggregator.py",
-        "if row.round == head.round + 1]",
-        "if row.round == head.round]",
+        "(row.round, row.base_root) == opened]",
+        "(row.round, row.base_root) == ()]",
     ),
     Mutation(
         "a record names the one before the one before",
@@ -198,10 +199,22 @@ MUTATIONS = (
         "for record in records[start + 2 :]:",
     ),
     Mutation(
+        "a restarted aggregator takes up packets of another branch",
+        "peer/sim/aggregator.py",
+        "(row.round, row.base_root) == opened]",
+        "row.round == head.round + 1]",
+    ),
+    Mutation(
         "a takeover stays in the old epoch",
-        "peer/sim/swarm.py",
-        "epoch=old.epoch + 1",
-        "epoch=old.epoch",
+        "protocol/standby.py",
+        "return first + (aggregators.index(key) - first) % len(aggregators)",
+        "return epoch",
+    ),
+    Mutation(
+        "a standby takes over from a copy that is far behind",
+        "protocol/standby.py",
+        "if head.digest not in (newest.digest, newest.previous):",
+        "if head.round > newest.round:",
     ),
     Mutation(
         "a packet is stored, and not what undoes it",

@@ -17,7 +17,7 @@ BLOCK = 20
 @pytest.mark.parametrize("seed", range(6))
 def test_a_swarm_in_bad_weather_loses_nothing_and_all_agree(seed: int) -> None:
     outcome = simulate(drawn(seed, rounds=20))
-    assert sum(outcome.rounds.values()) >= 20
+    assert sum(outcome.rounds.values()) == 20
 
 
 @pytest.mark.slow
@@ -26,7 +26,7 @@ def test_a_swarm_in_bad_weather_loses_nothing_and_all_agree(seed: int) -> None:
 def test_two_hundred_seeds_of_fifty_rounds(first: int) -> None:
     for seed in range(first, first + BLOCK):
         outcome = simulate(drawn(seed))
-        assert outcome.losses[-1] < 0.5, f"seed {seed} does not learn"
+        assert outcome.losses[-1] < outcome.losses[0], f"seed {seed} does not learn"
 
 
 def test_a_seed_gives_the_same_events_and_bytes_every_time() -> None:
@@ -99,9 +99,8 @@ def _drain(swarm: Swarm) -> None:
     swarm.peers[0].replica.residual.zero_()
 
 
-def _lose_the_journal(swarm: Swarm) -> None:
-    swarm.aggregator.disk.rows.clear()
-    swarm.aggregator.crash()
+def _forget_a_packet(swarm: Swarm) -> None:
+    swarm.aggregator.round._accepted.popitem()
 
 
 def _lose_a_record(swarm: Swarm) -> None:
@@ -114,14 +113,14 @@ def _change_the_state(swarm: Swarm) -> None:
 
 
 def _stop(swarm: Swarm) -> None:
-    swarm.aggregator.crash(for_good=True)
+    swarm.aggregator.crash(away_s=1e9)
 
 
 @pytest.mark.parametrize(
     ("damage", "checkers"),
     [
         (_drain, {"conservation"}),
-        (_lose_the_journal, {"receipt"}),
+        (_forget_a_packet, {"receipt"}),
         (_lose_a_record, {"one record a round"}),
         (_change_the_state, {"merge"}),
         (_stop, {"progress"}),
@@ -132,7 +131,10 @@ def test_a_checker_sees_the_damage(damage: Callable[[Swarm], None], checkers: se
 
     def wait() -> None:
         open_packets = sum(peer.disk.packet is not None for peer in swarm.peers)
-        if len(swarm.aggregator.disk.records) > 5 and open_packets >= 2 and not swarm.aggregator.round.closed:
+        for standby in swarm.standbys:
+            standby.over = True  # lest one of them makes up for it
+        round = swarm.aggregator.round
+        if round.round > 5 and open_packets >= 2 and len(round._accepted) >= 2 and not round.closed:
             damage(swarm)
         else:
             swarm.clock.after(0.1, wait)
