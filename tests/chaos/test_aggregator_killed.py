@@ -4,11 +4,13 @@
 """
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.siege import PEERS, Siege, boundaries, kill_at_boundaries, kill_at_random
+from peer.journal import Journal
+from tests.chaos.siege import PEERS, Siege, boundaries, kill_at_boundaries, kill_at_random, live_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.net]
 
@@ -46,6 +48,24 @@ async def test_killed_at_random_moments(tmp_path: Path, quorum: int) -> None:
     siege = Siege(tmp_path, quorum=quorum, grace_s=0.5)
     await kill_at_random(siege, SEED, 8, 1.5)
     siege.check(SEED)
+
+
+@dataclass(frozen=True)
+class Forget:
+    """What the journal has of packets is never read."""
+
+    def install(self) -> None:
+        Journal.packets = lambda _journal, _round: []  # type: ignore[method-assign,assignment]  # a bug on purpose
+
+
+async def test_an_aggregator_that_forgets_what_it_took_in_is_caught(tmp_path: Path) -> None:
+    siege = Siege(tmp_path, quorum=1)
+    async with siege.peers_live():
+        spell = await live_until(siege, ("after send SubmitReply receipt", 1), True)
+        assert spell.passed()[-1][0] == "after send SubmitReply receipt"
+        await siege.rest(spell=Forget())
+    with pytest.raises(AssertionError, match="lost"):
+        siege.check(SEED)
 
 
 async def test_the_check_sees_a_lost_packet_and_a_changed_record(tmp_path: Path) -> None:
