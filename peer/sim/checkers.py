@@ -92,6 +92,7 @@ class Checkers:
         self._recent: deque[bytes] = deque([run.genesis_root])
         # Packet and epoch of an accepting receipt -> round and base of the packet.
         self._receipted: dict[tuple[bytes, int], tuple[int, bytes]] = {}
+        self._accepted: dict[bytes, frozenset[bytes]] = {}  # of each record
         self._moved_back: set[Code] = set()
         self._listed: dict[bytes, set[bytes]] = {}  # packet -> records that list it
 
@@ -105,6 +106,8 @@ class Checkers:
         first = self.rounds.setdefault((record.round, record.epoch), record.digest)
         demand(first == record.digest, "one record a round", f"two of round {record.round}, epoch {record.epoch}")
         self.records[record.digest] = record
+        good = (entry.packet_digest for entry in record.entries if entry.verdict == Verdict.ACCEPTED)
+        self._accepted[record.digest] = frozenset(good)
         if record.kind == Kind.GENESIS:
             return record
         previous = self.records.get(record.previous)
@@ -121,7 +124,7 @@ class Checkers:
             where = self._listed.setdefault(entry.packet_digest, set())
             for other in where:
                 # The same rubbish may come again in another round; what is accepted is listed once.
-                counts = entry.verdict == Verdict.ACCEPTED or self.records[other].accepted(entry.packet_digest)
+                counts = entry.verdict == Verdict.ACCEPTED or entry.packet_digest in self._accepted[other]
                 once = not counts or not self._on_one_chain(self.records[other], record)
                 demand(once, "one verdict a packet", _short(entry))
             where.add(record.digest)
@@ -337,10 +340,10 @@ class Checkers:
         if account.settled is not None and not account.excused:
             packet, round, accepted = account.settled
             fate = self.ancestor(record, round)
-            listed = fate is not None and fate.accepted(packet)
+            listed = fate is not None and packet in self._accepted[fate.digest]
             # Accepted by a record that a takeover left behind: what was sent is lost with that branch.
             left_behind = accepted and any(
-                self.records[name].epoch < record.epoch and self.records[name].accepted(packet)
+                self.records[name].epoch < record.epoch and packet in self._accepted[name]
                 for name in self._listed.get(packet, ())
             )
             demand(

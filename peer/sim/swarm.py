@@ -324,13 +324,15 @@ class Swarm:
 
     def size_of(self, kind: str, digest: bytes, data: bytes) -> int:
         """Bytes of a blob on a link."""
+        if not self.settings.values:
+            return len(data) if kind != "state" else len(data) // STATE_PIECES
         match kind:
             case "state":
                 return self.sizes.state(data) // STATE_PIECES
             case "update":
                 return self.sizes.update(data, self._contributors(digest))
             case "bundle":
-                return self._contributors(digest) * (4 + self.sizes.packet(data)) if self.settings.values else len(data)
+                return self._contributors(digest) * (4 + self.sizes.packet(data))
             case _:
                 return len(data)
 
