@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import structlog
 
@@ -19,7 +20,7 @@ from peer.bootstrap import wait_for_stop
 from peer.config import PeerConfig
 from peer.core import codec
 from peer.core.device import pick_device, pick_dtype, set_threads
-from peer.core.replica import Replica
+from peer.core.replica import Replica, Trained
 from peer.data.prepare import Dataset, prepare
 from peer.download import StateLoader
 from peer.errors import UserCode, UserError
@@ -51,6 +52,8 @@ from protocol.round import (
     MakePacket,
     Opened,
     PacketReady,
+    Prefetch,
+    Prefetched,
     Receipt,
     Recorded,
     ReplicaEffect,
@@ -136,6 +139,7 @@ class Client:
         self._timer: asyncio.TimerHandle | None = None
         self._packet: _Packet | None = None
         self._offer: _Offer | None = None
+        self._prefetched: tuple[bytes, asyncio.Task[_Fetched]] | None = None
         self._totals = Totals()
         self._crash: BaseException | None = None
         # Set by `join` once the run is known.
@@ -369,6 +373,8 @@ class Client:
                 self._start(effect, self._train(effect))
             case MakePacket():
                 self._start(effect, self._make_packet(effect))
+            case Prefetch():
+                self._start(effect, self._prefetch(effect.record))
             case ApplyUpdate():
                 self._start(effect, self._apply_update(effect.record))
             case LoadState():
@@ -432,14 +438,18 @@ class Client:
             self._totals.began_s = began_s
 
         def on_step(steps: int, loss: float) -> None:
-            self._progress.report(round=effect.round, step=steps, tokens=step_tokens, loss=loss)
+            self._progress.report(round=effect.round, step=effect.done + steps, tokens=step_tokens, loss=loss)
             if steps >= effect.steps:
                 self._stop_inner.set()
 
+        def train() -> Trained:
+            if effect.ahead:
+                self._replica.begin_ahead()
+            rest = islice(batches, effect.done, None)
+            return self._replica.train_steps(effect.round, rest, self._stop_inner.is_set, on_step, effect.done)
+
         try:
-            trained = await asyncio.to_thread(
-                self._replica.train_steps, effect.round, batches, self._stop_inner.is_set, on_step
-            )
+            trained = await asyncio.to_thread(train)
         except ValueError as error:
             return await self._start_again(error)
         self._totals.inner_s += time.monotonic() - began_s
@@ -469,7 +479,7 @@ class Client:
 
     async def _start_again(self, error: ValueError) -> ReplicaEvent:
         """After training diverged: go back to the outer parameters and sit this round out."""
-        await asyncio.to_thread(self._replica.apply, ())
+        await asyncio.to_thread(self._replica.abandon)
         return Failed(str(error))
 
     async def _send(self, digest: bytes) -> ReplicaEvent:
@@ -505,10 +515,11 @@ class Client:
             log.info("leaving", why=str(error))
 
     async def _apply_update(self, record: RoundRecord) -> ReplicaEvent:
-        form, size, sections = _NOTHING
-        if record.update_digest != NO_DIGEST:
-            bundle = await self._bundle(record)
-            form, size, sections = bundle or await self._update(record)
+        prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None and prefetched[0] == record.digest:
+            form, size, sections = await prefetched[1]
+        else:
+            form, size, sections = await self._fetch_update(record)
         root = await asyncio.to_thread(self._replica.apply, sections)
         await self._offer_others(record, root, sections)
         self._totals.rounds += 1
@@ -524,6 +535,18 @@ class Client:
             state_root=root.hex(),
         )
         return Applied(record.round, root)
+
+    async def _prefetch(self, record: RoundRecord) -> ReplicaEvent:
+        """Fetch an update beside the training; whoever applies it takes it, or hears why it is not here."""
+        task = asyncio.create_task(self._fetch_update(record))
+        self._prefetched = (record.digest, task)
+        await asyncio.wait({task})
+        return Prefetched(record.digest)
+
+    async def _fetch_update(self, record: RoundRecord) -> _Fetched:
+        if record.update_digest == NO_DIGEST:
+            return _NOTHING
+        return await self._bundle(record) or await self._update(record)
 
     async def _update(self, record: RoundRecord) -> _Fetched:
         limit = update_wire_bytes_max(self.run)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protocol.errors import Code, ProtocolError
+from protocol.identity import NO_DIGEST
 from protocol.ledger import CloseReason, Kind, RoundRecord, Verdict, check_link
 from protocol.limits import CONTRIBUTORS_MAX, RECORD_ENTRIES_MAX
 from protocol.run import RoundConfig, RunConfig
@@ -228,7 +229,7 @@ class AggregatorRound:
             case Left():
                 self._present.discard(event.peer)
             case Tick():
-                pass
+                self._wake_at_s = None  # it may come a little early, and is then wished for again
         if not self.closed:
             effects.extend(self._close_or_wait(now_s))
         return tuple(effects)
@@ -370,6 +371,13 @@ class Applied:
 
 
 @dataclass(frozen=True)
+class Prefetched:
+    """Answer to Prefetch: the update of this record is here, or could not be had, so that nothing more is to await."""
+
+    digest: bytes
+
+
+@dataclass(frozen=True)
 class Failed:
     """The job under way (TrainInner, MakePacket, ApplyUpdate, LoadState or CatchUp) ended without its answer.
 
@@ -381,10 +389,15 @@ class Failed:
 
 @dataclass(frozen=True)
 class TrainInner:
-    """Do so many inner steps from the outer parameters."""
+    """Do so many inner steps: from the outer parameters, or on from the `done` steps that were done ahead.
+
+    `ahead` says that the round is not open yet: train on from the packet in flight, and carry the steps over to the
+    outer parameters of whatever update comes."""
 
     round: int
     steps: int
+    done: int = 0
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -421,6 +434,13 @@ class Settle:
 
 
 @dataclass(frozen=True)
+class Prefetch:
+    """Fetch the record's update while training goes on; answer Prefetched."""
+
+    record: RoundRecord
+
+
+@dataclass(frozen=True)
 class ApplyUpdate:
     """Store the record; fetch its update and apply it (a null round has none); answer Applied."""
 
@@ -449,8 +469,12 @@ class Alarm:
     reason: str
 
 
-ReplicaEvent = Connected | Lost | Opened | Recorded | InnerDone | PacketReady | Receipt | Applied | Failed | Tick
-ReplicaEffect = TrainInner | StopInner | MakePacket | Send | Settle | ApplyUpdate | LoadState | CatchUp | Alarm | WakeAt
+ReplicaEvent = (
+    Connected | Lost | Opened | Recorded | InnerDone | PacketReady | Receipt | Prefetched | Applied | Failed | Tick
+)
+ReplicaEffect = (
+    TrainInner | StopInner | MakePacket | Send | Settle | Prefetch | ApplyUpdate | LoadState | CatchUp | Alarm | WakeAt
+)
 _Job = TrainInner | MakePacket | ApplyUpdate | LoadState | CatchUp
 
 
@@ -468,7 +492,8 @@ class _Pace:
         self._round = -1
         self._opened_s = 0.0
         self._closes_at_s = 0.0
-        self._started_s: float | None = None
+        self._trains_since_s = 0.0
+        self._packs_since_s: float | None = None
 
     def opened(self, round: int, closes_at_s: float, now_s: float) -> None:
         """Note when a round opened and when it closes at the latest."""
@@ -482,19 +507,22 @@ class _Pace:
         delivery_s = RESERVE_SHARE * length_s if self._delivery_s is None else 2 * self._delivery_s
         return self._opened_s + length_s - min(max(delivery_s, RESERVE_S_MIN) + self._step_s, length_s / 2)
 
-    def start(self, now_s: float) -> None:
-        """Training or the making of a packet begins."""
-        self._started_s = now_s
+    def trains(self, now_s: float) -> None:
+        """Training begins."""
+        self._trains_since_s = now_s
 
     def trained(self, steps: int, now_s: float) -> None:
         """Note how long an inner step takes."""
-        if self._started_s is not None:
-            self._step_s = (now_s - self._started_s) / max(steps, 1)
+        self._step_s = (now_s - self._trains_since_s) / max(steps, 1)
+
+    def packs(self, now_s: float) -> None:
+        """The making of a packet begins."""
+        self._packs_since_s = now_s
 
     def delivered(self, now_s: float) -> None:
         """Note how long it took from the end of training until the packet was there, or the round over."""
-        if self._started_s is not None:
-            self._delivery_s = now_s - self._started_s
+        if self._packs_since_s is not None:
+            self._delivery_s = now_s - self._packs_since_s
 
     def made(self) -> None:
         """Note that our packet was in time."""
@@ -503,6 +531,17 @@ class _Pace:
     def missed(self, record: RoundRecord) -> None:
         """Note that a round closed before our packet was there."""
         self._budget_s = MISSED_SHARE * (record.closed_ms - record.opened_ms) / 1000
+
+
+@dataclass
+class _Ahead:
+    """Inner steps for a round that is not open yet, done while the packet of the round before travels."""
+
+    steps: int = 0
+    tokens: int = 0
+    over: bool = False  # no more of them for the packet in flight
+    prefetch: bytes = b""  # the record whose update is on its way
+    fetched: bytes = b""  # the record whose update is here
 
 
 @dataclass
@@ -523,7 +562,8 @@ class ReplicaRound:
     """What one replica does, round after round, for the whole run.
 
     At most one job is under way: TrainInner, MakePacket, ApplyUpdate, LoadState or CatchUp. Each ends with exactly one
-    answer. Only Send and StopInner run beside a job. All events say what is so; `_advance` alone decides what to do.
+    answer. Only Send, StopInner and Prefetch run beside a job. All events say what is so; `_advance` alone decides what
+    to do. With `inner.overlap` it does not wait for the record of a packet that it sent, but trains on meanwhile.
     """
 
     def __init__(
@@ -538,6 +578,7 @@ class ReplicaRound:
         self._reload = record is None  # the state cannot be reached by updates
         self._job: _Job | None = None
         self._work = None if packet is None else _Work(packet[0], digest=packet[1])
+        self._ahead = _Ahead()
         self._opened: Opened | None = None
         self._skipped_round = 0
         self._connected = False
@@ -567,9 +608,7 @@ class ReplicaRound:
             case Opened():
                 self._open(event, now_s)
             case Recorded():
-                for record in event.records:
-                    self._take_record(record, effects)
-                self._caught_up(event.records)
+                self._recorded(event.records, effects)
             case InnerDone():
                 self._inner_done(event, now_s)
             case PacketReady():
@@ -578,12 +617,14 @@ class ReplicaRound:
                     self._work.digest = event.digest
             case Receipt():
                 self._receipt(event, now_s)
+            case Prefetched():
+                self._ahead.fetched = event.digest
             case Applied():
                 self._applied(event, now_s, effects)
             case Failed():
                 self._failed(event, now_s, effects)
             case Tick():
-                pass
+                self._wake_at_s = 0.0  # it may come a little early, and is then wished for again
         self._advance(now_s, effects)
         return tuple(effects)
 
@@ -632,14 +673,18 @@ class ReplicaRound:
             )
 
     def _known(self, round: int) -> RoundRecord | None:
-        """The record of this round among the one that is applied and those that wait."""
-        if self.record is not None and round == self.record.round:
-            return self.record
-        place = round - self._queue[0].round if self._queue else -1
-        return self._queue[place] if 0 <= place < len(self._queue) else None
+        """The record of this round among those that wait and, unless they are another branch of it, the applied one."""
+        if self._queue and round >= self._queue[0].round:
+            place = round - self._queue[0].round
+            return self._queue[place] if place < len(self._queue) else None
+        return self.record if self.record is not None and round == self.record.round else None
 
-    def _caught_up(self, records: tuple[RoundRecord, ...]) -> None:
-        """End a CatchUp with its answer. One that does not lead on from our records is of a branch that we refused."""
+    def _recorded(self, records: tuple[RoundRecord, ...], effects: list[ReplicaEffect]) -> None:
+        """Take records in, and end a CatchUp that they answer.
+
+        An answer that does not lead on from our records is of a branch that we refused."""
+        for record in records:
+            self._take_record(record, effects)
         job = self._job
         if not isinstance(job, CatchUp) or len(records) < 2 or records[-1].digest != job.head.digest:
             return
@@ -657,10 +702,13 @@ class ReplicaRound:
     def _inner_done(self, event: InnerDone, now_s: float) -> None:
         if not isinstance(self._job, TrainInner) or event.round != self._job.round:
             return
-        self._job = None
+        job, self._job, ahead = self._job, None, self._ahead
         self._pace.trained(event.steps, now_s)
-        if event.steps > 0:
-            self._work = _Work(event.round, event.steps, event.tokens)
+        steps, tokens = ahead.steps + event.steps, ahead.tokens + event.tokens
+        if job.ahead:
+            ahead.steps, ahead.tokens, ahead.over = steps, tokens, True
+        elif steps > 0:
+            self._work, self._ahead = _Work(event.round, steps, tokens), _Ahead()
         else:
             self._skipped_round = event.round
 
@@ -703,10 +751,13 @@ class ReplicaRound:
     def _failed(self, event: Failed, now_s: float, effects: list[ReplicaEffect]) -> None:
         job, self._job = self._job, None
         match job:
+            case TrainInner(ahead=True):
+                effects.append(Alarm(f"the steps ahead of round {job.round} are lost: {event.reason}"))
+                self._ahead = _Ahead(over=True)
             case TrainInner() | MakePacket():
                 # The driver throws this round's steps away: what could not be compressed must not reach the residual.
                 effects.append(Alarm(f"the work of round {job.round} is lost: {event.reason}"))
-                self._work = None
+                self._work, self._ahead = None, _Ahead()
                 self._skipped_round = job.round
             case ApplyUpdate() if event.gone:
                 self._reload = True
@@ -729,9 +780,12 @@ class ReplicaRound:
     def _advance(self, now_s: float, effects: list[ReplicaEffect]) -> None:
         if self._wanted is not None and self._tail_round() >= self._wanted.round:
             self._wanted = None
-        if isinstance(self._job, TrainInner) and not self._stopping and self._should_stop(self._job.round, now_s):
-            self._stopping = True
-            effects.append(StopInner(self._job.round))
+        if isinstance(self._job, TrainInner) and not self._stopping:
+            if self._job.ahead:
+                self._prefetch(effects)
+            if self._should_stop(self._job, now_s):
+                self._stopping = True
+                effects.append(StopInner(self._job.round))
         if self._job is None and now_s >= self._retry_at_s:
             self._job = self._next_job(now_s, effects)
             if self._job is not None:
@@ -739,9 +793,21 @@ class ReplicaRound:
         self._send(now_s, effects)
         self._wake(now_s, effects)
 
-    def _should_stop(self, round: int, now_s: float) -> bool:
-        superseded = self._opened is not None and self._opened.round != round
+    def _should_stop(self, job: TrainInner, now_s: float) -> bool:
+        if job.ahead:
+            awaited = len(self._queue) == 1 and self._ahead.prefetch == self._queue[0].digest != self._ahead.fetched
+            return (bool(self._queue) and not awaited) or self._wanted is not None
+        superseded = self._opened is not None and self._opened.round != job.round
         return bool(self._queue) or self._wanted is not None or superseded or now_s >= self._pace.stop_at_s()
+
+    def _prefetch(self, effects: list[ReplicaEffect]) -> None:
+        """Let the update of the packet's round travel while training ahead goes on."""
+        if len(self._queue) != 1 or self._reload or self._queue[0].update_digest == NO_DIGEST:
+            return
+        record = self._queue[0]
+        if self._ahead.prefetch != record.digest:
+            self._ahead.prefetch = record.digest
+            effects.append(Prefetch(record))
 
     def _next_job(self, now_s: float, effects: list[ReplicaEffect]) -> _Job | None:
         """Choose the next job: close gaps first, then follow the records, then work for the open round."""
@@ -754,10 +820,23 @@ class ReplicaRound:
             return None
         if self._work is not None:
             if self._work.digest is not None:
-                return None
-            self._pace.start(now_s)
+                return self._train_ahead(self._work.round + 1, now_s)
+            self._pace.packs(now_s)
             return MakePacket(self._work.round, self._work.steps, self._work.tokens)
-        opened = self._opened
+        return self._train(now_s, effects)
+
+    def _train_ahead(self, round: int, now_s: float) -> _Job | None:
+        """With overlap, begin the next round's steps while the packet of this one travels."""
+        if not self.run.inner.overlap or self._ahead.over or round > self.run.outer.rounds:
+            return None
+        self._stopping = False
+        self._pace.trains(now_s)
+        return TrainInner(round, self.run.inner.steps, ahead=True)
+
+    def _train(self, now_s: float, effects: list[ReplicaEffect]) -> _Job | None:
+        """Train for the open round, if there is one that wants it; steps that were done ahead are part of its work."""
+        opened, ahead = self._opened, self._ahead
+        assert self.record is not None, "a replica trains from a record"
         if opened is None or opened.round != self.record.round + 1 or opened.round == self._skipped_round:
             return None
         if self.finished or now_s >= self._pace.stop_at_s():
@@ -768,15 +847,21 @@ class ReplicaRound:
             )
             self._skipped_round = opened.round
             return None
+        steps = min(max(opened.inner_steps, 1), self.run.inner.steps) - ahead.steps
+        if steps <= 0:
+            self._work, self._ahead = _Work(opened.round, ahead.steps, ahead.tokens), _Ahead()
+            self._pace.packs(now_s)
+            return MakePacket(self._work.round, self._work.steps, self._work.tokens)
         self._stopping = False
-        self._pace.start(now_s)
-        return TrainInner(opened.round, min(max(opened.inner_steps, 1), self.run.inner.steps))
+        self._pace.trains(now_s)
+        return TrainInner(opened.round, steps, ahead.steps)
 
     def _settle(self, now_s: float, effects: list[ReplicaEffect]) -> None:
         """Settle our work before the state moves on: the record of its round says whether it counts."""
         work, self._work = self._work, None
         if work is None:
             return
+        self._ahead.over = False
         record = next((item for item in self._queue if item.round == work.round), None)
         accepted = record is not None and work.digest is not None and record.accepted(work.digest)
         effects.append(Settle(work.round, accepted))
@@ -798,7 +883,7 @@ class ReplicaRound:
 
     def _wake(self, now_s: float, effects: list[ReplicaEffect]) -> None:
         times = []
-        if isinstance(self._job, TrainInner) and not self._stopping:
+        if isinstance(self._job, TrainInner) and not self._job.ahead and not self._stopping:
             times.append(self._pace.stop_at_s())
         if self._job is None and (self._queue or self._wanted is not None):
             times.append(self._retry_at_s)

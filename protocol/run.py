@@ -202,6 +202,8 @@ class InnerConfig(_Table):
     """How the learning rate goes on after the warm-up, over inner.steps * outer.rounds steps."""
     min_lr_ratio: Annotated[float, _Between(0.0, 1.0)] = 0.1
     """Where the cosine ends, as a share of learning_rate."""
+    overlap: Annotated[bool, _OneOf((False, True))] = False
+    """Whether replicas train on while packet and update travel; hides the network and costs a little loss."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ In a round: `train_steps` moves the local parameters, `make_contribution` takes 
 acc, `commit` or `restore` settles them when the record is known, and `apply` takes the outer step and
 starts the local parameters from it again. Until it is settled a contribution can be put back bit for bit, so
 nothing that was learned is lost when a packet is late or refused.
+
+With overlap `begin_ahead` lets the steps of the next round start from the local parameters while the contribution
+travels; `apply` then carries them over to the new outer parameters.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,6 +64,9 @@ class Replica:
         self.residual = torch.zeros(run.layout.size, device=device)  # f32[N]
         self._sent: Sent | None = None
         self._taken = False  # the local parameters' way from outer is already part of the residual
+        # f32[N] with overlap: where the local parameters stood when the steps ahead began. Their way from there counts.
+        self._start: Tensor | None = None
+        self._ahead = False
         self.load_outer(initial_state(run.model))
 
     def load_outer(self, state: NDArray[np.float32]) -> bytes:  # f32[N]
@@ -80,25 +86,39 @@ class Replica:
         batches: Iterable[NDArray[np.int64]],  # i64[B, T + 1] each
         should_stop: Callable[[], bool],
         on_step: Callable[[int, float], None],
+        done: int = 0,
     ) -> Trained:
         """Do one inner step per batch until they end or `should_stop` says so between two steps.
 
-        `on_step(steps, loss)` hears of every step. The learning rate follows the steps of the whole run, and
-        `round` counts from 1. Raises ValueError when training diverges; then `apply(())` starts again from the outer
-        parameters, and the residual is untouched.
+        `on_step(steps, loss)` hears of every step. The learning rate follows the steps of the whole run: `round` counts
+        from 1, and `done` of its steps are done. Raises ValueError when training diverges; then `abandon` starts again
+        from the outer parameters, and the residual is untouched.
         """
         steps, tokens, loss_sum = 0, 0, 0.0
         self.model.train()
         for batch in batches:
             if should_stop():
                 break
-            step = (round - 1) * self.run.inner.steps + steps
+            step = (round - 1) * self.run.inner.steps + done + steps
             loss = self.inner.step(torch.from_numpy(batch), step, self.micro_batch)
             steps += 1
             tokens += batch.shape[0] * (batch.shape[1] - 1)
             loss_sum += loss
             on_step(steps, loss)
         return Trained(steps, tokens, loss_sum / steps if steps else float("nan"))
+
+    def begin_ahead(self) -> None:
+        """Let the inner steps from here on count for the next contribution, with one in flight. Takes f32[N] once."""
+        assert self._sent is not None, "steps ahead are done while a contribution is in flight"
+        if self._start is None:
+            self._start = torch.empty_like(self.flat.values)
+        self._start.copy_(self.flat.values)
+        self._ahead = True
+
+    def abandon(self) -> None:
+        """Throw away the inner steps that no contribution has taken, and start again from the outer parameters."""
+        self._ahead = False
+        self.flat.values.copy_(self.outer)
 
     def make_contribution(self) -> list[bytes]:
         """Take what the packet sends out of acc = beta * residual + (outer - local); the rest is the new residual.
@@ -115,7 +135,7 @@ class Replica:
         except ValueError:
             self.residual.zero_()
             raise
-        self._taken = True
+        self._taken, self._ahead = True, False
         return sections
 
     @property
@@ -137,7 +157,7 @@ class Replica:
             raise ValueError(DIVERGED)
         for span in spans:
             error_feedback(self.residual[span], self.outer[span], self.flat.values[span], self.run.compression.beta)
-        self._taken = True
+        self._taken, self._ahead = True, False
 
     def commit(self) -> None:
         """The record accepted our packet: what was sent has left for good."""
@@ -161,7 +181,8 @@ class Replica:
         return self._restart_local()
 
     def evaluate(self, batches: Iterable[NDArray[np.int64]]) -> float:  # i64[B, T + 1] each
-        """Mean loss of the local parameters in nats a token; after `apply` these are the outer ones."""
+        """Mean loss of the local parameters in nats a token; after `apply` these are the outer ones, unless there are
+        steps ahead of them."""
         loss_sum, count = 0.0, 0
         self.model.eval()
         with torch.inference_mode(), autocast(self.device, self.dtype):
@@ -213,6 +234,12 @@ class Replica:
         assert not self._taken, "the inner steps since the last outer step are already in the residual"
 
     def _restart_local(self) -> bytes:
-        self.flat.values.copy_(self.outer)
+        """Start from the outer parameters, and from the steps ahead of them if there are any."""
+        if self._ahead:
+            assert self._start is not None, "steps ahead have a start"
+            self.flat.values.sub_(self._start).add_(self.outer)
+            self._start.copy_(self.outer)
+        else:
+            self.flat.values.copy_(self.outer)
         self._taken = False
         return state_root(self.outer_state())

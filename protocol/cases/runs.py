@@ -43,6 +43,7 @@ OUTSIDE: dict[str, Any] = {
     "inner.warmup_steps": 1000001,
     "inner.schedule": "linear",
     "inner.min_lr_ratio": 1.0000000000000002,
+    "inner.overlap": "yes",
     "compression.k": 4097,
     "compression.code_bits": 3,
     "compression.beta": 1.0000000000000002,

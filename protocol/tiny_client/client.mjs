@@ -149,6 +149,7 @@ const TABLES = {
     steps: whole(1, 100000), batch_size: whole(1, 65536), learning_rate: real(1e-8, 1), adam_beta1: real(0, 0.9999),
     adam_beta2: real(0, 0.99999), adam_eps: real(1e-12, 0.1), weight_decay: real(0, 1), grad_clip_norm: real(1e-6, 1e6),
     warmup_steps: whole(0, 1000000), schedule: oneOf('cosine', 'constant'), min_lr_ratio: real(0, 1),
+    overlap: oneOf(false, true),
   },
   compression: { k: whole(1, 4096), code_bits: whole(1, 2), beta: real(0, 1) },
   outer: { rule: oneOf('mean', 'mean_of_senders'), alpha: real(1 / 65536, 4), rounds: whole(1, 100000000) },

@@ -147,6 +147,47 @@ def test_a_null_round_starts_the_local_parameters_again(make_run: MakeRun) -> No
     assert float(replica.residual.abs().max()) > 0
 
 
+def test_steps_ahead_are_carried_over_and_stand_in_the_next_contribution_once(make_run: MakeRun) -> None:
+    run = make_run()
+    replica = replica_of(run)
+    train(replica, 1, text_batches(run, 1, 3))
+    sections = replica.make_contribution()
+    replica.begin_ahead()
+    start = replica.flat.values.clone()
+    train(replica, 2, text_batches(run, 2, 2))
+    way = replica.flat.values - start
+    replica.commit()
+    replica.apply(merged(run, [sections]))
+    torch.testing.assert_close(replica.flat.values, replica.outer + way, rtol=0, atol=1e-7)
+    # A null round or a whole state that comes before the work goes on moves the start once more.
+    moved = replica.outer_state() + np.float32(0.25)
+    replica.load_outer(moved)
+    replica.apply(())
+    torch.testing.assert_close(replica.flat.values, torch.from_numpy(moved) + way, rtol=0, atol=1e-6)
+    trained = replica.train_steps(2, text_batches(run, 3, 2), lambda: False, quiet, done=2)
+    assert (trained.steps, replica.inner.own_steps) == (2, 7)
+    before, local = replica.residual.clone(), replica.flat.values.clone()
+    replica.make_contribution()
+    replica.restore()
+    np.testing.assert_array_equal(bits(replica.residual), bits(run.compression.beta * before + (replica.outer - local)))
+    replica.apply(())
+    assert torch.equal(replica.flat.values, replica.outer)
+
+
+def test_steps_ahead_that_are_abandoned_leave_nothing(make_run: MakeRun) -> None:
+    run = make_run()
+    replica = replica_of(run)
+    train(replica, 1, text_batches(run, 1, 2))
+    replica.make_contribution()
+    held = bits(replica.residual)
+    replica.begin_ahead()
+    train(replica, 2, text_batches(run, 2, 2))
+    replica.abandon()
+    np.testing.assert_array_equal(bits(replica.residual), held)
+    assert replica.apply(()) == run.genesis_root
+    assert torch.equal(replica.flat.values, replica.outer)
+
+
 def test_stopping_is_between_two_steps(make_run: MakeRun) -> None:
     run = make_run()
     replica = replica_of(run)

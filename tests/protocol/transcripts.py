@@ -13,7 +13,7 @@ from protocol.errors import Code
 from protocol.identity import NO_DIGEST
 from protocol.ledger import CloseReason, Entry, Kind, RoundRecord, Verdict
 from protocol.round import AggregatorRound, ArrivalHistory, Arrived, Close, ReplicaRound
-from protocol.run import OuterConfig, RoundConfig, RunConfig, RunSettings
+from protocol.run import InnerConfig, OuterConfig, RoundConfig, RunConfig, RunSettings
 from tests.protocol.codec_samples import make_run
 
 SCENARIOS = Path(__file__).parent.parent / "scenarios"
@@ -36,7 +36,9 @@ def run_of(fields: dict[str, str]) -> RunConfig:
         deadline_s=float(fields.get("deadline", "300")),
         start_peers=int(fields.get("start_peers", "1")),
     )
-    settings = RunSettings("scenario", outer=OuterConfig(rounds=int(fields.get("rounds", "60"))), rounds=rules)
+    outer = OuterConfig(rounds=int(fields.get("rounds", "60")))
+    inner = InnerConfig(overlap=fields.get("overlap") == "yes")
+    settings = RunSettings("scenario", inner=inner, outer=outer, rounds=rules)
     run = make_run()
     return RunConfig.of(
         settings, operator=run.operator, aggregators=run.aggregators, layout=run.layout, genesis_root=named("s0")
@@ -138,13 +140,16 @@ class Player:
                 return float(text)
             case "round" | "steps" | "tokens" | "inner_steps":
                 return int(text)
+            case "digest" if text in self.records:
+                return self.records[text].digest
             case _:
                 return named(text)
 
     def _shown(self, effect: Any) -> list[str]:
         fields = {item.name: getattr(effect, item.name) for item in dataclasses.fields(effect)}
         submissions = fields.pop("submissions", ())
-        words = [f"{key}={self._text(key, value)}" for key, value in fields.items()]
+        usual = {item.name: item.default for item in dataclasses.fields(effect)}
+        words = [f"{key}={self._text(key, value)}" for key, value in fields.items() if value != usual[key]]
         lines = [" ".join([type(effect).__name__, *words])]
         assert not submissions or isinstance(effect, Close)
         for item in submissions:
