@@ -85,6 +85,7 @@ class Totals:
     rounds: int = 0
     accepted: int = 0
     tokens: int = 0
+    steps_ahead: int = 0
     bytes_up: int = 0
     update_bytes: int = 0
     bundle_bytes: int = 0
@@ -454,6 +455,7 @@ class Client:
             return await self._start_again(error)
         self._totals.inner_s += time.monotonic() - began_s
         self._totals.tokens += trained.tokens
+        self._totals.steps_ahead += trained.steps if effect.ahead else 0
         if trained.steps:
             self._totals.loss = trained.mean_loss
         return InnerDone(effect.round, trained.steps, trained.tokens)
@@ -633,6 +635,7 @@ class Client:
             applied=totals.rounds,
             accepted=totals.accepted,
             tokens=totals.tokens,
+            steps_ahead=totals.steps_ahead,
             bytes_up=totals.bytes_up,
             bytes_down=totals.update_bytes + totals.bundle_bytes,
             update_bytes=totals.update_bytes,
