@@ -171,6 +171,7 @@ def _add_simulate(simulate: argparse.ArgumentParser) -> None:
     simulate.add_argument("--deadline", type=float, default=0.0, metavar="SECONDS", help="default: 5 rounds and 30 s")
     simulate.add_argument("--values", type=float, default=0, help="sizes on the links as for a model of so many values")
     simulate.add_argument("--k", type=int, default=256, help="values kept of each chunk of 4096")
+    simulate.add_argument("--overlap", action="store_true", help="let peers train on while packet and update travel")
     simulate.add_argument("--trace", action="store_true", help="show every event")
     simulate.set_defaults(command=_simulate)
 

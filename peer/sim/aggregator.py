@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from peer.core import codec
 from peer.merge import accepted, check_contents, merge_packets, sections_of_update
-from peer.sim.clock import chance_of
+from peer.sim.clock import chance_of, timer_s
 from peer.sim.network import CONTROL_BYTES, Lane, Link
 from peer.sim.settings import MBIT, genesis_state, key_of
 from protocol.arithmetic import weight_of
@@ -83,7 +83,8 @@ class Disk:
         head = self.records[-1]
         rows = {digest: replace(row) for digest, row in self.rows.items()}
         open_rows = {digest: row for digest, row in own.rows.items() if row.round > head.round and digest not in rows}
-        rows |= {digest: replace(row, verdict=None, code=0) for digest, row in open_rows.items()}
+        # Of two packets of one peer the one counts for which this aggregator gave a receipt.
+        rows = {digest: replace(row, verdict=None, code=0) for digest, row in open_rows.items()} | rows
         blobs = {("packet", digest): own.blobs["packet", digest] for digest in open_rows}
         return Disk(list(self.records), rows, {**blobs, **self.blobs}, dict(self.states))
 
@@ -319,7 +320,7 @@ class Aggregator:
         for effect in effects:
             if isinstance(effect, WakeAt):
                 self._wakes += 1
-                self.later(effect.at_s - self.clock.now_s, partial(self._tick, self._wakes))
+                self.later(timer_s(effect.at_s - self.clock.now_s, self._chance), partial(self._tick, self._wakes))
             elif isinstance(effect, Close):
                 self.swarm.checkers.closes(self.clock.now_s, self.round.deadline_at_s, self.round.round, effect)
                 merge_s = self._chance.uniform(0.1, 2)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from peer.sim.clock import TIMER_LATE_S
 from protocol.compress import error_feedback, to_float32
 from protocol.errors import Code
 from protocol.layout import kept, state_root
 from protocol.ledger import CloseReason, Entry, Kind, RoundRecord, Verdict, check_link, check_record
 from protocol.limits import CHUNK, CLIP_ONE, WEIGHT_MAX, WEIGHT_UNIT
 from protocol.packet import Packet
-from protocol.round import Close
+from protocol.round import Close, TrainInner
 from protocol.run import RunConfig
 from protocol.update import to_update_tensor, update_values
 
@@ -71,7 +72,10 @@ class Account:
     open: Open | None = None
     open_on_disk: Open | None = None
     settled: tuple[bytes, int, bool] | None = None  # packet, round, accepted: until its state has moved on
-    working: bool = False  # steps are done that are in no packet and not in the residual
+    steps: int = 0  # inner steps that are in no packet and not in the residual
+    ahead: bool = False  # they were all done ahead of a round, so they go along when the state moves on
+    local: NDArray[np.float32] | None = None  # f32[N] what its local parameters must be, None: the outer ones
+    start: NDArray[np.float32] | None = None  # f32[N] where the steps that were done ahead began
     sent: int = 0
     kept_by_run: int = 0
     returned: int = 0
@@ -87,6 +91,7 @@ class Checkers:
         self.rounds: dict[tuple[int, int], bytes] = {}  # (round, epoch) -> record
         self.made: dict[bytes, Made] = {}
         self.accounts: dict[bytes, Account] = {}
+        self.orphaned = 0  # packets that a takeover made count never, or twice
         self._zeros = np.zeros_like(state)
         self._states = {state_root(state): state}
         self._recent: deque[bytes] = deque([run.genesis_root])
@@ -263,11 +268,13 @@ class Checkers:
             return
         account = self.accounts[peer]
         account.memory, account.open = account.disk, account.open_on_disk
-        account.working = False
+        _start_again(account)
 
-    def worked(self, peer: bytes) -> None:
+    def worked(self, peer: bytes, steps: int, local: NDArray[np.float32]) -> None:  # f32[N], after
         """A peer did inner steps."""
-        self.accounts[peer].working = True
+        account = self.accounts[peer]
+        account.steps += steps
+        account.local = local.copy()
 
     def packed(
         self,
@@ -278,6 +285,9 @@ class Checkers:
     ) -> None:  # f32[N] each, the residual after
         """A peer took a packet out of acc: packet and residual make up acc, bit for bit."""
         account = self.accounts[packet.header.peer]
+        claim = packet.header.inner_steps
+        demand(claim == account.steps, "steps", f"a packet claims {claim}, and {account.steps} are in it")
+        self._take_steps(account, outer, local)
         acc = error_feedback(account.memory, outer, local, self.run.compression.beta)
         made = self._read(packet)
         rest = acc.copy()
@@ -288,23 +298,45 @@ class Checkers:
         opened = Open(packet.header.digest, made.round, int(made.grid.sum()), acc, residual.copy())
         account.memory, account.open = opened.after, opened
         account.sent += opened.total
-        account.working = False
 
     def absorbed(
         self, peer: bytes, outer: NDArray[np.float32], local: NDArray[np.float32], residual: NDArray[np.float32]
     ) -> None:  # f32[N] each, the residual after
         """Steps that no packet took went into the residual."""
         account = self.accounts[peer]
+        self._take_steps(account, outer, local)
         acc = error_feedback(account.memory, outer, local, self.run.compression.beta)
         demand(account.open is None, "one packet at a time", "there is a packet to settle")
         demand(_same(acc, residual), "conservation", "steps are missing from the residual")
         account.memory = residual.copy()
-        account.working = False
+
+    def _take_steps(
+        self, account: Account, outer: NDArray[np.float32], local: NDArray[np.float32]
+    ) -> None:  # f32[N] each
+        """All steps since the last time go into the residual or a packet; those done ahead were carried over before."""
+        self._at_hand(account, outer, local)
+        account.steps, account.ahead, account.start = 0, False, None
+
+    def _at_hand(self, account: Account, outer: NDArray[np.float32], local: NDArray[np.float32]) -> None:
+        wanted = outer if account.local is None else account.local
+        demand(_same(wanted, local), "local parameters", "they are not what the last steps left")
+
+    def carried(self, peer: bytes, outer: NDArray[np.float32], local: NDArray[np.float32]) -> None:  # f32[N] each
+        """A peer has other outer parameters: the local ones are these and the steps that were done ahead."""
+        account = self.accounts[peer]
+        if account.start is None:
+            demand(_same(outer, local), "local parameters", "they do not start from the outer ones")
+            account.local = None
+            return
+        assert account.local is not None, "steps ahead begin somewhere"
+        wanted = (account.local - account.start) + outer
+        demand(_same(wanted, local), "carry-over", "the steps done ahead are not all there, and once")
+        account.local, account.start = wanted, outer.copy()
 
     def diverged(self, peer: bytes, *, residual_lost: bool) -> None:
         """Its steps were worthless; if they had come into the residual, that starts anew."""
         account = self.accounts[peer]
-        account.working = False
+        _start_again(account)
         account.memory = self._zeros if residual_lost else account.memory
 
     def settled(self, peer: bytes, round: int, accepted: bool, residual: NDArray[np.float32]) -> None:  # f32[N], after
@@ -336,34 +368,54 @@ class Checkers:
         demand(record.digest in self.records, "durable before broadcast", f"round {record.round}")
         demand(state_root(outer) == record.state_root, "equal roots", f"after round {record.round}")
         account = self.accounts[peer]
-        demand(not account.working, "conservation", "steps that no packet took are not in the residual")
+        demand(account.steps == 0 or account.ahead, "conservation", "steps that no packet took are not in the residual")
         if account.settled is not None and not account.excused:
             packet, round, accepted = account.settled
             fate = self.ancestor(record, round)
             listed = fate is not None and packet in self._accepted[fate.digest]
-            # Accepted by a record that a takeover left behind: what was sent is lost with that branch.
-            left_behind = accepted and any(
-                self.records[name].epoch < record.epoch and packet in self._accepted[name]
-                for name in self._listed.get(packet, ())
-            )
-            demand(
-                listed == accepted or left_behind,
-                "verdict",
-                f"settled {packet.hex()[:8]} as {accepted}, the record says {listed}",
-            )
+            if listed != accepted:
+                left_behind = self._left_behind(record, packet, round, accepted)
+                self.orphaned += left_behind
+                demand(left_behind, "verdict", f"settled {packet.hex()[:8]} as {accepted}, the record says {listed}")
         account.settled, account.excused = None, False
 
-    def trains(self, record: RoundRecord | None, round: int, outer: NDArray[np.float32]) -> None:  # f32[N]
-        """A peer begins to train: from the recorded state, for the round after it."""
-        demand(record is not None and round == record.round + 1, "trains", f"round {round} from elsewhere")
+    def _left_behind(self, record: RoundRecord, packet: bytes, round: int, accepted: bool) -> bool:
+        """Whether a packet was settled by a record that a takeover left behind: then it counts never, or twice."""
+        names = [name for (number, epoch), name in self.rounds.items() if number == round and epoch < record.epoch]
+        return any((packet in self._accepted[name]) == accepted for name in names)
+
+    def trains(
+        self,
+        peer: bytes,
+        record: RoundRecord | None,
+        job: TrainInner,
+        outer: NDArray[np.float32],
+        local: NDArray[np.float32],
+    ) -> None:  # f32[N] each
+        """A peer begins to train: from the recorded state for the round after it, or ahead for the one after that."""
+        account, opened = self.accounts[peer], self.accounts[peer].open
+        demand(record is not None and job.round == record.round + 1 + job.ahead, "trains", f"{job} from elsewhere")
         assert record is not None
-        demand(state_root(outer) == record.state_root, "equal roots", f"it trains round {round} from another state")
+        demand(state_root(outer) == record.state_root, "equal roots", f"{job} from another state")
+        in_flight = opened is not None and opened.round == record.round + 1
+        demand(in_flight if job.ahead else opened is None, "trains", f"{job}, and the packet in flight is {opened}")
+        demand(job.done == account.steps, "steps", f"{job}, and {account.steps} are done")
+        demand(0 < job.steps <= self.run.inner.steps - job.done, "steps", f"{job} is more than a round has")
+        self._at_hand(account, outer, local)
+        account.ahead = job.ahead
+        if job.ahead:
+            demand(self.run.inner.overlap, "trains", f"{job}, and the run has no overlap")
+            account.local = account.start = local.copy()
 
     # Time and memory
 
     def closes(self, now_s: float, deadline_s: float, round: int, close: Close) -> None:
         """A round closes: by its deadline, and not for its deadline before it."""
-        demand(now_s <= deadline_s + 1e-6, "deadline", f"round {round} closes {now_s - deadline_s:.3f} s late")
+        demand(
+            now_s <= deadline_s + TIMER_LATE_S + 1e-6,
+            "deadline",
+            f"round {round} closes {now_s - deadline_s:.3f} s late",
+        )
         early = close.reason == CloseReason.DEADLINE and now_s < deadline_s - 1e-6
         demand(not early, "deadline", f"round {round} closes {deadline_s - now_s:.3f} s early")
 
@@ -414,6 +466,11 @@ def _read_section(section: bytes, size: int, start: int, k: int) -> tuple[list[i
             magnitude = low if code & 2 else high
             grid.append(-magnitude if code & 1 else magnitude)
     return where, grid
+
+
+def _start_again(account: Account) -> None:
+    """Steps are lost, and the local parameters are the outer ones."""
+    account.steps, account.ahead, account.local, account.start = 0, False, None, None
 
 
 def _same(left: NDArray[np.float32], right: NDArray[np.float32]) -> bool:

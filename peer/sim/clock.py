@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from protocol.ledger import CloseReason, Kind, RoundRecord
 
 LAST_EVENTS = 60
+TIMER_LATE_S = 0.02
+_TIMER_S = (-0.005, TIMER_LATE_S)
 _SHORT = 4  # bytes of a digest that tell it from others in a story
 
 
@@ -39,6 +41,11 @@ class Clock:
     def waiting(self) -> int:
         """How many things are still to happen."""
         return len(self._queue)
+
+
+def timer_s(delay_s: float, chance: random.Random) -> float:
+    """When a timer for this delay goes off: mostly a little late, now and then a little early."""
+    return max(0.001, delay_s + chance.uniform(*_TIMER_S))
 
 
 def chance_of(seed: int, what: str) -> random.Random:

@@ -41,6 +41,7 @@ def settings_of(options: argparse.Namespace, seed: int) -> Settings:
         rules=rules,
         k=options.k,
         values=int(options.values),
+        overlap=options.overlap,
     )
     make_run(settings, (key_of(seed, "aggregator").public,))  # says what no run admits
     return settings
@@ -80,6 +81,8 @@ def report_lines(outcome: Outcome, cpu_s: float) -> Iterator[str]:
         f"  what went wrong       {outcome.deaths} deaths of peers, {outcome.crashes} of the aggregator, "
         f"{outcome.takeovers} takeovers, {outcome.attacks} attacks, {outcome.alarms} alarms"
     )
+    if outcome.takeovers:
+        yield f"  lost or counted twice {outcome.orphaned} packets, settled by records that a takeover left behind"
     yield f"  every checker held    {outcome.events} events, digest {outcome.digest[:16]}"
     yield f"  cost                  {cpu_s:.1f} s of CPU, {1000 * cpu_s / turns:.2f} ms a peer-round"
     if settings.values:

@@ -78,15 +78,16 @@ class PlainReplica(Replica):
         self.residual = torch.zeros(run.layout.size)
         self._sent = None
         self._taken = False
+        self._start, self._ahead = None, False
         self._problem, self._chance = problem, chance
         self.load_outer(genesis_state(run.layout))
 
     def descend(self, steps: int) -> None:
-        """Do so many inner steps from the outer parameters."""
-        outer = self.outer.numpy()
+        """Do so many inner steps from where the local parameters are."""
+        local = self.flat.values.numpy()
         way = np.float32(1 - (1 - self._problem.pace) ** steps)
         noise = np.float32(_NOISE * _SPREAD) * way * self._problem.noise(self._chance)
-        self.flat.values.numpy()[:] = outer - way * (outer - self._problem.optimum) + noise
+        local -= way * (local - self._problem.optimum) - noise
 
     def diverge(self) -> None:
         """Let training end in NaN."""

@@ -105,6 +105,8 @@ class Settings:
     k: int = 256
     values: int = 0
     """Bytes on the links are those of a model of so many values; 0: those of the tiny model itself."""
+    overlap: bool = False
+    """Whether peers train on while packet and update travel."""
 
 
 def drawn(seed: int, *, rounds: int = 50) -> Settings:
@@ -143,6 +145,7 @@ def drawn(seed: int, *, rounds: int = 50) -> Settings:
             deadline_s=deadline_s,
             start_peers=chance.randint(1, 3),
         ),
+        overlap=chance.random() < 0.4,
     )
 
 
@@ -162,7 +165,7 @@ def make_run(settings: Settings, aggregators: tuple[bytes, ...]) -> RunConfig:
     operator = key_of(settings.seed, "operator").public
     written = RunSettings(
         "simulation",
-        inner=InnerConfig(steps=settings.steps),
+        inner=InnerConfig(steps=settings.steps, overlap=settings.overlap),
         compression=CompressionConfig(k=settings.k),
         outer=OuterConfig(rounds=settings.rounds, alpha=0.7),
         rounds=settings.rules,

@@ -61,6 +61,8 @@ class Outcome:
     deaths: int
     attacks: int
     alarms: int
+    orphaned: int
+    """Packets that were settled by a record which a takeover left behind."""
 
 
 class Swarm:
@@ -390,6 +392,7 @@ class Swarm:
             deaths=self.deaths,
             attacks=self.attacks,
             alarms=self.alarms,
+            orphaned=self.checkers.orphaned,
         )
 
 

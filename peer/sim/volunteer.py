@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from peer.sim.clock import chance_of
+from peer.sim.clock import chance_of, timer_s
 from peer.sim.model import PlainReplica
 from peer.sim.network import CONTROL_BYTES, Link
 from peer.sim.settings import key_of
-from protocol.errors import Code, ProtocolError
+from protocol.errors import Code
 from protocol.identity import NO_DIGEST
 from protocol.ledger import RoundRecord
 from protocol.packet import make_packet
@@ -28,6 +28,8 @@ from protocol.round import (
     MakePacket,
     Opened,
     PacketReady,
+    Prefetch,
+    Prefetched,
     Receipt,
     Recorded,
     ReplicaEffect,
@@ -68,6 +70,15 @@ class Disk:
     packet: StoredPacket | None = None
 
 
+@dataclass
+class Fetched:
+    """An update that was asked for ahead of its turn: its sections or why there are none, and who waits for them."""
+
+    record: RoundRecord
+    outcome: Sequence[bytes] | Failed | None = None
+    awaited: bool = False
+
+
 class Volunteer:
     """One peer of the swarm."""
 
@@ -104,6 +115,7 @@ class Volunteer:
         self._wakes = 0
         self._steps_end_s = 0.0
         self._bundle_of = b""
+        self._fetched: Fetched | None = None
         self.replica = PlainReplica(self.run, self.swarm.problem, self.chance)
         if self.disk.state is not None:
             self.replica.load_state(self.disk.state)
@@ -205,15 +217,17 @@ class Volunteer:
             self.newest = max(self.newest, (record.epoch, record.round))
             self.handle(Recorded((record,)))
 
-    def fetch(self, kind: str, digest: bytes, got: Callable[[bytes | None], None]) -> None:
-        """Ask for a blob; None means that it is not there. A lost link fails the job under way."""
-        link = self.link
+    def fetch(
+        self, kind: str, digest: bytes, got: Callable[[bytes | None], None], lost: Callable[[], None] | None = None
+    ) -> None:
+        """Ask for a blob; None means that it is not there. A lost link fails the job under way, or calls `lost`."""
+        failed, link = lost or self._fail, self.link
         if link is None:
-            self.later(_OWN_TIME_S, self._fail)
+            self.later(_OWN_TIME_S, failed)
             return
         aggregator = self._aggregator
         life = self.life
-        call = link.call(lambda: self._fail() if self.life == life else None)
+        call = link.call(lambda: failed() if self.life == life else None)
 
         def answer() -> None:
             data = aggregator.serve(kind, digest)
@@ -244,7 +258,8 @@ class Volunteer:
             case WakeAt():
                 self._wakes += 1
                 wake = self._wakes
-                self.later((effect.at_s - self.own_time_s) / self._rate, lambda: self._tick(wake))
+                delay_s = timer_s((effect.at_s - self.own_time_s) / self._rate, self.chance)
+                self.later(delay_s, lambda: self._tick(wake))
             case TrainInner():
                 self._train(effect)
             case StopInner():
@@ -255,6 +270,8 @@ class Volunteer:
                 self.submit(effect.digest, self._wire(effect.digest), self._receipt(effect.digest))
             case Settle():
                 self._settle(effect)
+            case Prefetch():
+                self._prefetch(effect.record)
             case ApplyUpdate():
                 self._apply_update(effect.record)
             case LoadState():
@@ -281,7 +298,12 @@ class Volunteer:
     # The jobs
 
     def _train(self, effect: TrainInner) -> None:
-        self.swarm.checkers.trains(self.machine.record, effect.round, self.replica.outer.numpy())
+        replica = self.replica
+        self.swarm.checkers.trains(
+            self.key.public, self.machine.record, effect, replica.outer.numpy(), replica.flat.values.numpy()
+        )
+        if effect.ahead:
+            replica.begin_ahead()
         began_s = self.clock.now_s
         self._steps_end_s = began_s + effect.steps * self.step_s
         self._began_s = began_s
@@ -296,11 +318,13 @@ class Volunteer:
             steps = min(effect.steps, round((end_s - self._began_s) / self.step_s))
             self.inner_s += end_s - self._began_s
             self.steps += steps
-            if steps:
-                self.swarm.checkers.worked(self.key.public)
-                self.replica.descend(steps)
-                if self.chance.random() < self.swarm.faults.diverge:
-                    self.replica.diverge()
+            self.replica.descend(steps)
+            if steps and self.chance.random() < self.swarm.faults.diverge:
+                if self.chance.random() < 0.5:
+                    self._start_again("diverged", residual_lost=False)
+                    return
+                self.replica.diverge()  # in the last step, so that only who reads the parameters notices
+            self.swarm.checkers.worked(self.key.public, steps, self.replica.flat.values.numpy())
             self._finish(InnerDone(effect.round, steps, steps * self.swarm.step_tokens))
 
         self.later(end_s - self.clock.now_s, ended)
@@ -321,9 +345,7 @@ class Volunteer:
         try:
             sections = self.replica.make_contribution()
         except ValueError as error:
-            self.replica.apply(())
-            checkers.diverged(self.key.public, residual_lost=True)
-            self._fail(reason=str(error))
+            self._start_again(str(error), residual_lost=True)
             return
         packet = make_packet(self.run, self.key, effect.round, record.state_root, effect.tokens, effect.steps, sections)
         checkers.packed(packet, outer, local, self.replica.residual.numpy())
@@ -331,6 +353,12 @@ class Volunteer:
         stored = StoredPacket(effect.round, packet.header.digest, packet_to_wire(packet, self.run))
         self._store(record, stored)
         self._finish(PacketReady(stored.digest))
+
+    def _start_again(self, reason: str, *, residual_lost: bool) -> None:
+        """After training diverged: go back to the outer parameters and sit this round out."""
+        self.replica.abandon()
+        self.swarm.checkers.diverged(self.key.public, residual_lost=residual_lost)
+        self._fail(reason=reason)
 
     def _wire(self, digest: bytes) -> bytes:
         packet = self.disk.packet
@@ -383,6 +411,7 @@ class Volunteer:
             try:
                 replica.absorb()
             except ValueError:
+                replica.abandon()
                 checkers.diverged(peer, residual_lost=False)
                 return
             checkers.absorbed(peer, replica.outer.numpy(), local, replica.residual.numpy())
@@ -395,41 +424,71 @@ class Volunteer:
         self._store(self.disk.record, None)
 
     def _apply_update(self, record: RoundRecord) -> None:
-        if record.update_digest == NO_DIGEST:
-            self.later(_OWN_TIME_S, lambda: self._applied(record, ()))
-        elif self._bundle_of == record.digest:
-            self.fetch("bundle", record.digest, lambda data: self._merge(record, data))
+        fetched, self._fetched = self._fetched, None
+        if fetched is None or fetched.record.digest != record.digest:
+            self._get_update(record, partial(self._got_update, record))
+        elif fetched.outcome is None:
+            fetched.awaited = True
         else:
-            self._fetch_update(record)
+            self._got_update(record, fetched.outcome)
 
-    def _fetch_update(self, record: RoundRecord) -> None:
-        self.fetch("update", record.update_digest, lambda data: self._step(record, data))
+    def _prefetch(self, record: RoundRecord) -> None:
+        """Fetch an update beside the training; whoever applies it takes it, or hears why it is not here."""
+        fetched = self._fetched = Fetched(record)
 
-    def _merge(self, record: RoundRecord, data: bytes | None) -> None:
+        def ended(outcome: Sequence[bytes] | Failed) -> None:
+            fetched.outcome = outcome
+            self.handle(Prefetched(record.digest))
+            if fetched.awaited:
+                self._got_update(record, outcome)
+
+        self._get_update(record, ended)
+
+    def _got_update(self, record: RoundRecord, outcome: Sequence[bytes] | Failed) -> None:
+        if isinstance(outcome, Failed):
+            self._fail(gone=outcome.gone, reason=outcome.reason)
+        else:
+            self._applied(record, outcome)
+
+    def _get_update(self, record: RoundRecord, ended: Callable[[Sequence[bytes] | Failed], None]) -> None:
+        """Fetch and read an update in the form that is offered."""
         base = self.machine.record
         assert base is not None, "an update follows a record"
-        self._bundle_of = b""
-        if data is None:
-            self._fetch_update(record)
-        else:
-            self._applied(record, self.swarm.sections_of(data, record, base.state_root))
 
-    def _step(self, record: RoundRecord, data: bytes | None) -> None:
-        try:
+        def lost() -> None:
+            ended(Failed("lost"))
+
+        def got_bundle(data: bytes | None) -> None:
+            self._bundle_of = b""
             if data is None:
-                raise ProtocolError(Code.NOT_FOUND, "the update is gone")
-            sections = self.swarm.sections_of(data, record)
-        except ProtocolError as error:
-            self._fail(gone=True, reason=str(error))
-            return
-        self._applied(record, sections)
+                self.fetch("update", record.update_digest, got_update, lost)
+            else:
+                ended(self.swarm.sections_of(data, record, base.state_root))
+
+        def got_update(data: bytes | None) -> None:
+            if data is None:
+                ended(Failed("the update is gone", gone=True))
+            else:
+                ended(self.swarm.sections_of(data, record))
+
+        if record.update_digest == NO_DIGEST:
+            self.later(_OWN_TIME_S, lambda: ended(()))
+        elif self._bundle_of == record.digest:
+            self.fetch("bundle", record.digest, got_bundle, lost)
+        else:
+            self.fetch("update", record.update_digest, got_update, lost)
 
     def _applied(self, record: RoundRecord, sections: Sequence[bytes]) -> None:
-        root = self.replica.apply(sections)
+        root = self._carried(self.replica.apply(sections))
         if self.chance.random() < self.swarm.faults.corrupt:
             self.replica.flip_bit()
-            root = self.replica.apply(())
+            root = self._carried(self.replica.apply(()))
         self._arrived_at(record, root)
+
+    def _carried(self, root: bytes) -> bytes:
+        """Let the checkers see what became of the local parameters."""
+        self.swarm.checkers.carried(self.key.public, self.replica.outer.numpy(), self.replica.flat.values.numpy())
+        return root
 
     def _fetch_state(self, record: RoundRecord) -> None:
         """Fetch the state piece by piece; the pieces that are there stay, through cuts and deaths."""
@@ -443,7 +502,7 @@ class Volunteer:
                 self._fetch_state(record)
             else:
                 self._pieces_of = b""
-                self._arrived_at(record, self.replica.load_outer(self.swarm.state_of(data)))
+                self._arrived_at(record, self._carried(self.replica.load_outer(self.swarm.state_of(data))))
 
         if self._pieces_of != record.state_root:
             self._pieces_of, self._pieces = record.state_root, 0
