@@ -617,9 +617,8 @@ class ReplicaRound:
                     self._work.digest = event.digest
             case Receipt():
                 self._receipt(event, now_s)
-            case Prefetched():
-                if event.digest == self._ahead.prefetch:
-                    self._ahead.fetched = event.digest
+            case Prefetched() if event.digest == self._ahead.prefetch:
+                self._ahead.fetched = event.digest
             case Applied():
                 self._applied(event, now_s, effects)
             case Failed():
