@@ -254,14 +254,22 @@ class AggregatorRound:
             self._refused[event.peer] = event
         return Reject(event.peer, event.digest, event.code)
 
-    def _awaited(self) -> set[bytes]:
-        """Whose packets are still to come: members since the opening, or if none is left, those who came later.
+    def _is_awaited(self, peer: bytes) -> bool:
+        return peer not in self._accepted and peer not in self._refused
 
-        After a restart or a takeover also those who have not found their way back yet.
+    def _awaits_somebody(self) -> bool:
+        """Whether packets are still to come: of members since the opening, or if none is left, of those who came later.
+
+        After a restart or a takeover also of those who have not found their way back yet. It is asked at every arrival,
+        so it looks no further than to the first who is awaited.
         """
-        candidates = self._present - set(self._refused)
-        expected = candidates & self._opening or candidates
-        return (expected | self._returning - set(self._refused)) - set(self._accepted)
+        if any(map(self._is_awaited, self._returning)):
+            return True
+        stayed = (peer for peer in self._opening if peer in self._present and peer not in self._refused)
+        first = next(stayed, None)
+        if first is None:
+            return any(map(self._is_awaited, self._present))
+        return first not in self._accepted or any(peer not in self._accepted for peer in stayed)
 
     def _close_or_wait(self, now_s: float) -> list[AggregatorEffect]:
         if not self._started:
@@ -271,7 +279,7 @@ class AggregatorRound:
         if quorum and self._started:
             if self._grace_at_s is None:
                 self._grace_at_s = now_s + self.history.grace_s(now_s - self.started_s, self._rules)
-            if count == CONTRIBUTORS_MAX or not (self._unknown or self._awaited()):
+            if count == CONTRIBUTORS_MAX or not (self._unknown or self._awaits_somebody()):
                 return [self._close(Kind.APPLIED, CloseReason.COMPLETE)]
             if now_s >= min(self._grace_at_s, self.deadline_at_s):
                 grace = self._grace_at_s <= self.deadline_at_s
@@ -876,8 +884,8 @@ class ReplicaRound:
 
     def _send(self, now_s: float, effects: list[ReplicaEffect]) -> None:
         work = self._work
-        if work is None or work.digest is None or work.sending or work.answered:
-            return
+        if work is None or work.digest is None or work.sending or work.answered or self._queue:
+            return  # once a record waits that settles it, the packet must not come to count elsewhere
         current = self._opened is not None and self._opened.round == work.round
         if self._connected and current and now_s >= self._resend_at_s:
             work.sending = True
