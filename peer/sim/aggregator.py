@@ -58,7 +58,7 @@ class CrashError(Exception):
     """The aggregator died between two steps."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """A packet in the journal; `verdict` is None until its round has closed."""
 
@@ -81,10 +81,11 @@ class Disk:
     def mirror(self, own: "Disk") -> "Disk":
         """What an aggregator that follows the ledger has: all of it, and packets of its own that are undecided here."""
         head = self.records[-1]
-        rows = {digest: replace(row) for digest, row in self.rows.items()}
-        open_rows = {digest: row for digest, row in own.rows.items() if row.round > head.round and digest not in rows}
+        open_rows = {
+            digest: row for digest, row in own.rows.items() if row.round > head.round and digest not in self.rows
+        }
         # Of two packets of one peer the one counts for which this aggregator gave a receipt.
-        rows = {digest: replace(row, verdict=None, code=0) for digest, row in open_rows.items()} | rows
+        rows = {digest: replace(row, verdict=None, code=0) for digest, row in open_rows.items()} | self.rows
         blobs = {("packet", digest): own.blobs["packet", digest] for digest in open_rows}
         return Disk(list(self.records), rows, {**blobs, **self.blobs}, dict(self.states))
 
@@ -411,7 +412,7 @@ class Aggregator:
         for entry in record.entries:
             row = self.disk.rows.get(entry.packet_digest)
             if row is not None:
-                row.verdict, row.code = entry.verdict, entry.code
+                self.disk.rows[entry.packet_digest] = replace(row, verdict=entry.verdict, code=entry.code)
         self._parsed = {}
 
     def _forget(self, before: int) -> None:
