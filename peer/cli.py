@@ -155,7 +155,7 @@ def _add_simulate(simulate: argparse.ArgumentParser) -> None:
     simulate.add_argument("--seed", type=int, default=1, help="decides everything that the other options leave open")
     simulate.add_argument("--seeds", type=int, default=1, help="simulate so many seeds, one after the other")
     simulate.add_argument("--weather", action="store_true", help="draw the swarm and its faults from the seed")
-    simulate.add_argument("--faults", choices=("none", "mixed"), default="none")
+    simulate.add_argument("--faults", choices=("none", "mixed", "takeovers"), default="none")
     simulate.add_argument("--hostile", type=int, default=0, help="how many peers attack")
     simulate.add_argument("--up", type=float, default=100.0, metavar="MBIT", help="a peer's uplink, Mbit/s")
     simulate.add_argument("--down", type=float, default=100.0, metavar="MBIT", help="a peer's downlink, Mbit/s")

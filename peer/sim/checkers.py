@@ -166,6 +166,10 @@ class Checkers:
             record = self.records[record.previous]
         return records[::-1]
 
+    def contributors(self, record: RoundRecord) -> int:
+        """How many packets it accepted."""
+        return len(self._accepted[record.digest])
+
     def _check_update(self, previous: RoundRecord, record: RoundRecord) -> None:
         """Merge once more, in the plainest way, from the bytes that the senders made."""
         base = self._states.get(previous.state_root)
@@ -398,7 +402,11 @@ class Checkers:
         assert record is not None
         demand(state_root(outer) == record.state_root, "equal roots", f"{job} from another state")
         in_flight = opened is not None and opened.round == record.round + 1
-        demand(in_flight if job.ahead else opened is None, "trains", f"{job}, and the packet in flight is {opened}")
+        demand(
+            in_flight if job.ahead else opened is None,
+            "trains",
+            f"{job}, and the packet in flight is of {opened and opened.round}",
+        )
         demand(job.done == account.steps, "steps", f"{job}, and {account.steps} are done")
         demand(0 < job.steps <= self.run.inner.steps - job.done, "steps", f"{job} is more than a round has")
         self._at_hand(account, outer, local)

@@ -3,13 +3,14 @@
 import argparse
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from peer.sim.network import Access
 from peer.sim.settings import MBIT, MIXED, NEVER, Faults, Settings, drawn, key_of, make_run
 from peer.sim.swarm import Outcome, SimulationError
 from protocol.run import RoundConfig
 
-_FAULTS = {"none": Faults(), "mixed": MIXED}
+_FAULTS = {"none": Faults(), "mixed": MIXED, "takeovers": replace(MIXED, takeover_s=60.0)}
 
 
 def settings_of(options: argparse.Namespace, seed: int) -> Settings:

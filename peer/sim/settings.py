@@ -125,7 +125,7 @@ def drawn(seed: int, *, rounds: int = 50) -> Settings:
             kill_s=MIXED.kill_s * harsh,
             cut_s=MIXED.cut_s * harsh,
             crash_s=MIXED.crash_s * harsh,
-            takeover_s=chance.choice([NEVER, MIXED.takeover_s]),
+            takeover_s=chance.choice([NEVER, MIXED.takeover_s, MIXED.takeover_s / 5]),
         ),
         access=Access(
             up_bytes_s=chance.choice([300.0, 2e3, 1e6]),

@@ -12,6 +12,8 @@ from protocol.standby import HEARTBEAT_S, Heard, Recorded, Standby, StandbyEvent
 if TYPE_CHECKING:
     from peer.sim.swarm import Swarm
 
+_COPY_S = (4.0, 4.0, 4.0, 60.0)  # what a copy may take; some have a large state in them
+
 
 class StandbyDriver:
     """Follows whoever leads, and leads when that one is silent for too long."""
@@ -24,6 +26,7 @@ class StandbyDriver:
         self._heard: RoundRecord | None = None
         self._chance = chance_of(swarm.settings.seed, f"{name} stands by {stood_by}")
         self._wakes = 0
+        self._copying = False
 
     def follow(self) -> None:
         """Listen for signs of life for as long as this one stands by."""
@@ -31,14 +34,17 @@ class StandbyDriver:
             return
         leader = self.swarm.aggregator
         if leader.up and leader.name != self.name and not self.swarm.split:
-            copy = leader.disk.mirror(self.copy)
-            head = self._heard = copy.records[-1]
+            head = self._heard = leader.head
             self._handle(Heard(head))
-            self.clock.after(self._chance.uniform(0.2, 4), lambda: self._copied(copy))
+            if not self._copying:
+                self._copying = True
+                copy = leader.disk.mirror(self.copy)
+                self.clock.after(self._chance.uniform(0.2, self._chance.choice(_COPY_S)), lambda: self._copied(copy))
         self.clock.after(self._chance.uniform(0.2, 1) * HEARTBEAT_S, self.follow)
 
     def _copied(self, copy: Disk) -> None:
-        """The copy has all that the leader had when it last gave a sign of life, if that can still be reached."""
+        """The copy has all that the leader had when it was begun, if that one can still be reached."""
+        self._copying = False
         if not self.over and self.swarm.aggregator.up and not self.swarm.split:
             self.copy = copy
             self._handle(Recorded(copy.records[-1]))

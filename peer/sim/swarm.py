@@ -172,16 +172,13 @@ class Swarm:
         if record.round >= self.run.outer.rounds:
             self._complete = True
             self.faults = Faults()
-        if leader is not self.aggregator:
-            return
         self._closed.append(record)
         self._progress_s = self.clock.now_s
         present = [peer for peer in self.peers if peer.up]
-        self._present += len(present)
-        state = self.aggregator.state
-        self._losses.append(self.problem.loss(state))
+        self._present += len(present) if leader is self.aggregator else 0
+        self._losses.append(self.problem.loss(leader.state))
         self.checkers.books_balance()
-        self.aggregator.check_bounds()
+        leader.check_bounds()
         for peer in present:
             peer.check_bounds()
         limit = 60 * len(self.peers) + 400
@@ -341,7 +338,7 @@ class Swarm:
     def _contributors(self, digest: bytes) -> int:
         found = (item for item in reversed(self._closed) if digest in (item.update_digest, item.digest))
         record = next(found, None)
-        return 1 if record is None else sum(entry.verdict == Verdict.ACCEPTED for entry in record.entries)
+        return 1 if record is None else self.checkers.contributors(record)
 
     def sections_of(self, data: bytes, record: RoundRecord, base_root: bytes | None = None) -> Sequence[bytes]:
         """What a peer reads and checks in an update, or with a base in a bundle.

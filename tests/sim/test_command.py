@@ -1,11 +1,9 @@
 import shlex
-from pathlib import Path
 
 import pytest
 
 from peer.cli import main
 from peer.sim.settings import Sizes
-from tests.sim.mutations import MUTATIONS, Mutation, hunt, plant
 
 
 def test_the_command_reports(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,15 +58,3 @@ def test_the_computed_sizes_are_near_those_that_were_measured(
 def test_without_a_large_model_sizes_are_those_of_the_bytes_themselves() -> None:
     sizes = Sizes(0, 64)
     assert (sizes.packet(b"abc"), sizes.update(b"abcd", 5), sizes.state(b"ab")) == (3, 4, 2)
-
-
-def test_every_mutation_fits_the_program_of_today(tmp_path: Path) -> None:
-    for number, mutation in enumerate(MUTATIONS):
-        plant(mutation, tmp_path / str(number))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.bug.replace(" ", "-"))
-def test_the_simulator_finds_the_bug(mutation: Mutation) -> None:
-    assert hunt(mutation)
