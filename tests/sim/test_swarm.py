@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from peer.sim.command import failure_lines
+from peer.sim.network import Access
 from peer.sim.settings import MIXED, Faults, Settings, drawn
 from peer.sim.swarm import SimulationError, Swarm, replayed, simulate
 from protocol.ledger import Kind, Verdict
@@ -61,6 +62,14 @@ def test_a_slow_peer_sends_the_steps_that_it_has_and_holds_nobody_up() -> None:
     assert len(steps) >= 12
     assert all(count < 10 for count in steps)
     assert outcome.inner_share > 0.5
+
+
+def test_whoever_trains_ahead_waits_less_and_all_steps_count() -> None:
+    slow = Settings(peers=6, rounds=15, stragglers=0.0, access=Access(300.0, 3e3))
+    waits, trains = simulate(slow), simulate(dataclasses.replace(slow, overlap=True))
+    assert trains.inner_share > waits.inner_share + 0.1
+    assert trains.steps_counted > 0.8
+    assert trains.losses[-1] < 0.5 < trains.losses[0]
 
 
 def test_a_round_below_quorum_is_null_and_its_packets_go_back() -> None:
