@@ -18,6 +18,7 @@ from tests.chaos.boundaries import JumpingClock
 from tests.chaos.siege import END_S, PEERS, Siege
 from tests.chaos.training import READY_S, Swarm, cut_every, settings_of, slowed
 from tests.peer.proxy import Faults, Proxy, proxy_thread
+from tests.peer.test_swarm import ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.net, pytest.mark.timeout(400)]
 
@@ -72,6 +73,8 @@ async def test_an_aggregator_whose_clock_jumps_behind_links_that_are_cut(tmp_pat
         cutter.cancel()
     assert proxy.cuts > 3
     siege.check(SEED)
+    # Peers learn from the records how long rounds take.
+    assert all(0 <= record.closed_ms - record.opened_ms < 1000 * END_S for record in ledger(siege.path))
 
 
 def test_a_stopped_aggregator_holds_a_swarm_up_and_no_more(tmp_path: Path) -> None:
