@@ -68,7 +68,7 @@ def churned(folder: Path, seed: int) -> None:
 def slow_and_far(folder: Path, seed: int) -> None:
     """What a peer with a tenth of the time costs the others, and what one behind 1 Mbit/s brings in."""
     del seed  # nothing is drawn here
-    settings = settings_of(steps=200, peers=3, hidden=64, k=256, grace_s=(0.1, 3.0))
+    settings = settings_of(steps=400, peers=3, hidden=64, k=256, grace_s=(0.1, 3.0))
     for name in ("equal", "slow", "far"):
         names = ("one", "two", name)
         with ExitStack() as stack:

@@ -171,7 +171,7 @@ class Swarm:
 
 
 @contextmanager
-def slowed(child: Child, share: float, period_s: float = 0.5) -> Iterator[None]:
+def slowed(child: Child, share: float, period_s: float = 0.1) -> Iterator[None]:
     """Let a process run for this share of the time only."""
     ended = threading.Event()
 
