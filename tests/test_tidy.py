@@ -116,7 +116,8 @@ def _imports(module: str, tree: ast.Module, is_package: bool) -> Iterator[tuple[
             yield line, "hivemind lives behind peer.net.directory alone"
         if module in SHARED and within(name, "peer") and not any(within(name, shared) for shared in SHARED):
             yield line, f"{module} is used by everybody and must not import {name}"
-        if within(name, "peer.cli") and module not in ("peer.cli", "peer.__main__") and not within(module, "tests"):
+        from_outside = not any(within(module, room) for room in ("peer.cli", "peer.commands", "tests"))
+        if from_outside and any(within(name, room) for room in ("peer.cli", "peer.commands")):
             yield line, f"the command line imports the programs, so {module} must not import {name}"
         if top in NEVER_IMPORTED:
             yield line, f"{top} is never imported: it runs what strangers send"
