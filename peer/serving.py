@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from peer.download import SMALL_STATE_BYTES, SNAPSHOT_ROUNDS
 from peer.errors import UserCode, UserError, os_errors
-from peer.net.messages import ReceiptMsg, RoundClosed, WatchEvent
+from peer.net.messages import Amended, ReceiptMsg, RoundClosed, WatchEvent
 from peer.net.service import Server, serve
 from peer.net.tls import TlsIdentity, is_loopback, make_tls_identity, split_address
 from peer.store import BlobStore, StateStore, atomic_write
@@ -154,6 +154,10 @@ class Donor:
                 piece = next((held.pieces[digest] for held in now.held if digest in held.pieces), None)
                 return bytes(piece) if piece is not None else await asyncio.to_thread(self._states.piece, digest)
         return None
+
+    async def amend(self, peer: bytes, data: bytes) -> Amended:
+        """Amendments go to the aggregator. Raises ProtocolError NOT_AN_AGGREGATOR."""
+        raise ProtocolError(Code.NOT_AN_AGGREGATOR, "this is a peer: amendments go to the aggregator")
 
 
 async def serve_others(

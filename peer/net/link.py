@@ -22,6 +22,7 @@ from peer.net.messages import (
     SERVICE,
     SESSION_BYTES,
     Aggregators,
+    Amended,
     Heartbeat,
     PacketStored,
     ReceiptMsg,
@@ -273,6 +274,21 @@ class Link:
             reason = f"{self.address} ended the {kind} after {len(data)} of {size} bytes"
             raise LinkError(LinkFailure.CUT, reason, retryable=True, partial=bytes(data))
         return bytes(data)
+
+    async def amend(self, data: bytes = b"", timeout_s: float = 30.0) -> Amended:
+        """Bring an amendment, durable when this returns, or none to ask what is there."""
+        call: Any = self._control.unary_unary(
+            f"/{SERVICE}/Amend", pb.AmendRequest.SerializeToString, pb.AmendReply.FromString
+        )(pb.AmendRequest(session=self._session, amendment=data), timeout=timeout_s)
+        try:
+            reply: pb.AmendReply = await call
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self.address) from None
+        except asyncio.CancelledError as cancelled:
+            raise self._closed_under() or cancelled from None
+        if len(reply.newest) != DIGEST_BYTES:
+            raise ProtocolError(Code.BAD_MESSAGE, "the answer to an amendment is malformed")
+        return Amended(reply.newest, reply.round)
 
     def _closed_under(self, partial: bytes = b"") -> LinkError | None:
         """What a cancelled call means when it was not its task that was cancelled: the link was closed meanwhile."""

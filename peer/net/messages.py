@@ -73,6 +73,14 @@ class ReceiptMsg:
     code: int
 
 
+@dataclass(frozen=True)
+class Amended:
+    """The newest amendment that an aggregator has (32 zero bytes: none), and the round whose record takes the next."""
+
+    newest: bytes
+    round: int
+
+
 def transcript(
     run_id: bytes, peer: bytes, client_nonce: bytes, server_nonce: bytes, certificate_sha256: bytes
 ) -> bytes:

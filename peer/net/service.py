@@ -22,6 +22,7 @@ from peer.net.messages import (
     NONCE_BYTES,
     SERVICE,
     Aggregators,
+    Amended,
     PacketStored,
     ReceiptMsg,
     RoundOpened,
@@ -33,7 +34,7 @@ from peer.net.sessions import ServiceLimits, Session, SessionEndedError, Session
 from peer.net.tls import TlsIdentity, is_loopback
 from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey, verify
-from protocol.limits import FRAME_BYTES, RECORD_BYTES_MAX, VERSION
+from protocol.limits import AMENDMENT_BYTES_MAX, FRAME_BYTES, RECORD_BYTES_MAX, VERSION
 
 __all__ = ["Handler", "Server", "ServiceLimits", "serve"]
 
@@ -84,6 +85,9 @@ class Handler(Protocol):
 
     async def blob(self, kind: str, digest: bytes) -> bytes | Path | None:
         """A content-addressed blob, or None when there is none."""
+
+    async def amend(self, peer: bytes, data: bytes) -> Amended:
+        """Keep the operator's next amendment, unless `data` is empty, and say what is here then."""
 
 
 Method = Callable[["_Service", Any, Context], Awaitable[Any]]
@@ -383,6 +387,17 @@ class _Service:
         except TimeoutError:
             raise ProtocolError(Code.BUSY, f"you took no data for {self._limits.frame_gap_s:g} s") from None
 
+    # Amend
+
+    @_guarded
+    async def amend(self, request: pb.AmendRequest, context: Context) -> pb.AmendReply:
+        session = self.sessions.find(request.session)
+        if len(request.amendment) > AMENDMENT_BYTES_MAX:
+            raise ProtocolError(Code.TOO_LARGE, f"an amendment has at most {AMENDMENT_BYTES_MAX} bytes")
+        session.demand_amend(self._limits.amends_per_minute_max)
+        amended = await session.run(self._handler.amend(session.peer, request.amendment))
+        return pb.AmendReply(newest=amended.newest, round=amended.round)
+
     # The end
 
     async def stop(self) -> None:
@@ -400,6 +415,7 @@ class _Service:
                 "Watch": grpc.unary_stream_rpc_method_handler(self.watch, pb.WatchRequest.FromString, serialize),
                 "Submit": grpc.stream_stream_rpc_method_handler(self.submit, pb.SubmitRequest.FromString, serialize),
                 "Fetch": grpc.unary_stream_rpc_method_handler(self.fetch, pb.FetchRequest.FromString, serialize),
+                "Amend": grpc.unary_unary_rpc_method_handler(self.amend, pb.AmendRequest.FromString, serialize),
             },
         )
 

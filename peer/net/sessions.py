@@ -3,7 +3,7 @@
 import asyncio
 import ipaddress
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ class ServiceLimits:
     submit_turn_s: float = 60.0
     submit_memory_bytes_max: int = 1 << 20
     """Larger packets are received into a file."""
+    amends_per_minute_max: int = 60
+    """Each makes us check a signature, so nobody may ask for many."""
     frame_gap_s: float = 30.0
     """The longest wait for the next frame of a submit, and for a slow reader to take one of a fetch."""
     bytes_per_s_min: int = 8 << 10
@@ -57,6 +59,7 @@ class Session:
         self.source = source
         self.calls = 0
         self.fetches = 0
+        self.amended_s: deque[float] = deque()
         self.last_used_s = now
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._watch: asyncio.Future[None] | None = None
@@ -65,6 +68,15 @@ class Session:
         """End the running calls of the session with this reason."""
         if not self._ended.done():
             self._ended.set_result(reason)
+
+    def demand_amend(self, per_minute_max: int) -> None:
+        """Count one more amendment that this session brings. Raises ProtocolError BUSY when there are too many."""
+        now_s, recent = asyncio.get_running_loop().time(), self.amended_s
+        while recent and now_s - recent[0] > 60:
+            recent.popleft()
+        if len(recent) >= per_minute_max:
+            raise ProtocolError(Code.BUSY, f"at most {per_minute_max} amendments a minute are looked at")
+        recent.append(now_s)
 
     def take_watch(self) -> asyncio.Future[None]:
         """Make the caller the session's one watch; an older one sees its future done."""

@@ -531,3 +531,50 @@ class BlobFrame(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BlobFrame: _TypeAlias = BlobFrame  # noqa: Y015
+
+@_typing.final
+class AmendRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    AMENDMENT_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    amendment: _builtins.bytes
+    """at most 64 KiB"""
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+        amendment: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amendment", b"amendment", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AmendRequest: _TypeAlias = AmendRequest  # noqa: Y015
+
+@_typing.final
+class AmendReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NEWEST_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    newest: _builtins.bytes
+    """digest of the newest amendment here, whether a record names it yet or not; 32 zero bytes if none"""
+    round: _builtins.int
+    """the round whose record brings in an amendment that comes now"""
+    def __init__(
+        self,
+        *,
+        newest: _builtins.bytes = ...,
+        round: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["newest", b"newest", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AmendReply: _TypeAlias = AmendReply  # noqa: Y015
