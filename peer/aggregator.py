@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -68,6 +69,17 @@ class SupersededError(Exception):
     """Another aggregator leads the run, so this one signs nothing more."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The validation loss of the state after a round, in 1e-6 nats a token."""
+
+    round: int
+    loss_micronats: int
+
+
+_NO_EVALUATION = Evaluation(0, 0)
+
+
 class HeldState:
     """Outer parameters held in memory, cut into the pieces that joiners fetch."""
 
@@ -94,6 +106,8 @@ class Aggregator:
         self.finished = asyncio.Event()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.superseded: asyncio.Future[RoundRecord] = asyncio.get_running_loop().create_future()
+        # Whoever measures it puts it here; the next record says it, once.
+        self.evaluation: Evaluation | None = None
         self._book = book or AdBook(signed.config.run_id)
         self._signed = signed
         self._key = key
@@ -294,7 +308,7 @@ class Aggregator:
             self.finished.set()
             log.info("run complete", rounds=record.round, state_root=record.state_root.hex())
             return
-        self.round = self.round.next(record.state_root, self._loop.time())
+        self.round = self.round.next(self.run, record.state_root, self._loop.time())
         self._opened_ms = now_ms()
         self._broadcast(self._opened_event())
         self._handle(Tick())
@@ -349,6 +363,7 @@ class Aggregator:
             state, update_digest = self._merge(accepted(entries))
         if self.superseded.done():
             raise SupersededError
+        evaluation = self._take_evaluation()
         record = sign_record(
             RoundRecord(
                 run_id=self.run.run_id,
@@ -362,6 +377,8 @@ class Aggregator:
                 opened_ms=self._opened_ms,
                 closed_ms=max(now_ms(), self._opened_ms),
                 entries=entries,
+                evaluated_round=evaluation.round,
+                loss_micronats=evaluation.loss_micronats,
             ),
             self._key,
         )
@@ -375,6 +392,14 @@ class Aggregator:
             # It looks at every blob, so not in every round.
             self._folder.forget(keep_rounds=KEEP_ROUNDS, blob_bytes_max=BLOB_BYTES_MAX)
         return record, state
+
+    def _take_evaluation(self) -> Evaluation:
+        """What was measured of an earlier state since the last record, or nothing."""
+        evaluation = self.evaluation
+        if evaluation is None or not 0 <= evaluation.round < self.round.round or evaluation.loss_micronats <= 0:
+            return _NO_EVALUATION
+        self.evaluation = None
+        return evaluation
 
     def _merge(self, entries: Sequence[Entry]) -> tuple[HeldState, bytes]:
         packets = []
