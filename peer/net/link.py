@@ -33,6 +33,7 @@ from peer.net.messages import (
     transcript,
 )
 from peer.net.pb import swarm_pb2 as pb
+from peer.net.throttle import Traffic
 from peer.net.tls import NAME, Endpoint, fingerprint_of, probe
 from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey, verify
@@ -54,6 +55,7 @@ class Link:
         self.head_record = b""  # the newest that it sent, not checked
         self.standby = False
         self.ads: tuple[bytes, ...] = ()  # of other aggregators, not checked
+        self.traffic = Traffic()  # shared by all links of a program that caps or counts its bytes
         self._session = b""
         self._silence_s = 0.0
         self._closed = False
@@ -205,7 +207,7 @@ class Link:
                 reply = await call.read()
                 if not isinstance(reply, pb.SubmitReply) or reply.WhichOneof("step") != "receipt":
                     _reply(reply, "go")
-                    writer = asyncio.create_task(_send(call, data, limit))
+                    writer = asyncio.create_task(_send(call, data, limit, self.traffic))
                     reply = await call.read()
                 receipt = _reply(reply, "receipt").receipt
         except TimeoutError:
@@ -261,6 +263,7 @@ class Link:
                     raise ProtocolError(Code.BAD_MESSAGE, f"more bytes than the {size} that were announced")
                 if sink is not None:
                     sink(frame.data)
+                await self.traffic.down.take(len(frame.data))
         except TimeoutError:
             reason = f"{self.address} sent nothing for {_STALL_S:g} s"
             raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True, partial=bytes(data)) from None
@@ -341,11 +344,14 @@ def _channel(endpoint: Endpoint, *, keepalive: bool) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(endpoint.target, grpc.ssl_channel_credentials(root), options)
 
 
-async def _send(call: Any, data: bytes, limit: asyncio.Timeout) -> None:
+async def _send(call: Any, data: bytes, limit: asyncio.Timeout, traffic: Traffic) -> None:
     """Write the frames, and push the limit on with each, so that only a standstill runs into it."""
-    view = memoryview(data)
-    for at in range(0, len(data), FRAME_BYTES):
-        await call.write(pb.SubmitRequest(frame=bytes(view[at : at + FRAME_BYTES])))
+    rest = memoryview(data)
+    while rest:
+        size = traffic.up.frame_bytes(FRAME_BYTES)
+        frame, rest = bytes(rest[:size]), rest[size:]
+        await traffic.up.take(len(frame))
+        await call.write(pb.SubmitRequest(frame=frame))
         limit.reschedule(asyncio.get_running_loop().time() + _STALL_S)
     await call.done_writing()
 
