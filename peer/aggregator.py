@@ -24,7 +24,7 @@ from peer.find import AdBook
 from peer.journal import PacketRow, RecordRow
 from peer.merge import accepted, check_contents, merge_packets
 from peer.net.messages import Aggregators, PacketStored, ReceiptMsg, RoundClosed, RoundOpened, WatchEvent
-from peer.replay import replay
+from peer.replay import stored_state
 from peer.store import RunFolder
 from protocol.arithmetic import weight_of
 from protocol.errors import Code, ProtocolError
@@ -540,15 +540,6 @@ def save_snapshot(folder: RunFolder, run: RunConfig, flat: NDArray[np.float32], 
     first = max(0, round - SNAPSHOT_ROUNDS * SNAPSHOTS_KEPT)
     recent = {row.state_root for row in journal.records(first, round)}
     states.keep({run.genesis_root, root, *recent})
-
-
-def stored_state(folder: RunFolder, run: RunConfig, round: int) -> NDArray[np.float32]:  # f32[N]
-    """The state after a round, from the newest stored one before it and the updates since."""
-    start = round
-    while not folder.states.has(folder.journal.records(start, start)[0].state_root):
-        start -= 1
-    _, flat = deque(replay(folder, run, start, round), maxlen=1).pop()
-    return flat
 
 
 def now_ms() -> int:

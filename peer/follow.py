@@ -24,9 +24,8 @@ from peer.aggregator import (
     is_snapshot_round,
     now_ms,
     save_snapshot,
-    stored_state,
 )
-from peer.client import as_user_error
+from peer.connection import as_user_error
 from peer.core import codec
 from peer.core.replica import initial_state
 from peer.download import StateLoader
@@ -36,6 +35,7 @@ from peer.merge import accepted, check_contents, sections_of_bundle, sections_of
 from peer.net.errors import LinkError
 from peer.net.link import Link
 from peer.net.messages import PacketStored, RoundClosed
+from peer.replay import stored_state
 from peer.store import Home, RunFolder, load_or_make_key
 from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey
