@@ -137,6 +137,11 @@ class Aggregator:
         else:
             self._handle(Tick())
 
+    @property
+    def state(self) -> NDArray[np.float32]:  # f32[N]
+        """The outer parameters after the round of `head`. They never change: the next round has an array of its own."""
+        return self._states[-1].flat
+
     # What the network asks for
 
     async def welcome(self, peer: bytes) -> bytes:
