@@ -21,10 +21,10 @@ import { fileURLToPath } from 'node:url'
 
 // A refusal names its rule; the numbers are what records and gRPC trailers carry.
 const CODES = {
-  BAD_KEY: 101, BAD_SIGNATURE: 102, BAD_RUN: 201, OTHER_RUN: 202, BAD_INVITE: 203, VERSION: 204, BAD_MAGIC: 301,
-  TRUNCATED: 302, TRAILING: 303, RESERVED: 304, WRONG_ROUND: 305, WRONG_BASE: 306, TOO_LARGE: 307, BAD_FRAME: 308,
+  BAD_KEY: 101, BAD_SIGNATURE: 102, BAD_RUN: 201, OTHER_RUN: 202, BAD_INVITE: 203, VERSION: 204, BAD_AMENDMENT: 205,
+  BAD_MAGIC: 301, TRUNCATED: 302, TRAILING: 303, RESERVED: 304, WRONG_ROUND: 305, WRONG_BASE: 306, TOO_LARGE: 307, BAD_FRAME: 308,
   BAD_ZSTD: 309, BAD_RATIO: 311, BAD_BLOCKS: 312, BAD_INDEX: 313, BAD_CODE: 314, BAD_PADDING: 315, BAD_MERKLE: 316,
-  BAD_TOKENS: 317, DUPLICATE: 318, LATE: 319, NOT_A_MEMBER: 320, NO_QUORUM: 321, BAD_COUNT: 401, BAD_EXPONENT: 402,
+  BAD_TOKENS: 317, DUPLICATE: 318, LATE: 319, NOT_A_MEMBER: 320, NO_QUORUM: 321, BANNED: 322, BAD_COUNT: 401, BAD_EXPONENT: 402,
   BAD_VALUE: 403, BAD_RECORD: 501, BROKEN_CHAIN: 502, NOT_AN_AGGREGATOR: 503, BAD_STATE: 504, BAD_DHT_KEY: 601,
   BAD_DHT_RECORD: 602, BAD_EXPIRY: 603, BAD_MESSAGE: 701, BAD_SESSION: 702, NOT_FOUND: 703, BUSY: 704, WRONG_DIGEST: 705,
 }
@@ -1068,8 +1068,8 @@ function checkUpdate(run, header, sections, updateDigest) {
 
 // ------------------------------------------------------------------------------- 8. Round record and ledger
 
-const [GENESIS, APPLIED, NULL] = [0, 1, 2]
-const [COMPLETE, DEADLINE] = [1, 3]
+const [GENESIS, APPLIED, NULL, ROLLBACK] = [0, 1, 2, 3]
+const [COMPLETE, DEADLINE, OPERATOR] = [1, 3, 4]
 const ENTRY = 85
 
 function readEntry(reader) {
@@ -1081,10 +1081,11 @@ function readEntry(reader) {
 
 /** The fields of a record's bytes, nothing checked but their size. */
 function parseRecord(bytes) {
-  const reader = startOf(bytes, 'SLRR', 164)
+  const reader = startOf(bytes, 'SLRR', 204)
   const record = {
     kind: reader.u8(), reason: reader.u8(), runId: reader.take(32), round: reader.u32(), epoch: reader.u32(),
-    previous: reader.take(32), stateRoot: reader.take(32), update: reader.take(32), opened: reader.u64(), closed: reader.u64(),
+    previous: reader.take(32), stateRoot: reader.take(32), update: reader.take(32), amendment: reader.take(32), opened: reader.u64(),
+    closed: reader.u64(), evaluated: reader.u32(), loss: reader.u32(),
   }
   const count = reader.u32()
   demand(count <= 4096 && bytes.length <= 1 << 20, 'TOO_LARGE', 'entries')
@@ -1112,7 +1113,7 @@ function checkFields(record) {
   const { kind, reason, entries, accepted } = record
   const must = (holds, why) => demand(holds, 'BAD_RECORD', why)
   const isZero = bytes => bytes.every(byte => byte === 0)
-  must(kind <= NULL && reason <= DEADLINE && entries.every(({ verdict }) => verdict <= 2), 'an unknown kind')
+  must(kind <= ROLLBACK && reason <= OPERATOR && entries.every(({ verdict }) => verdict <= 2), 'an unknown kind')
   must(record.closed >= record.opened, 'it closed before it opened')
   const names = entries.map(({ peer, packet }) => join([peer, packet]))
   must(names.every((name, i) => i === 0 || Buffer.compare(names[i - 1], name) < 0), 'the order of the entries')
@@ -1123,9 +1124,11 @@ function checkFields(record) {
     must(verdict === 0 ? counts : code > 0 && weight === 0 && clip === 0, 'an entry')
   }
   must((record.round === 0) === (kind === GENESIS) && (reason === 0) === (kind === GENESIS), 'the genesis record')
-  must(kind !== GENESIS || (isZero(record.previous) && entries.length === 0), 'the genesis record')
+  must(kind !== GENESIS || (isZero(record.previous) && isZero(record.amendment) && entries.length === 0), 'the genesis record')
   must((accepted.length > 0) === (kind === APPLIED) && isZero(record.update) === (kind !== APPLIED), 'what was applied')
   must(kind !== NULL || reason === DEADLINE, 'a null record has the reason deadline')
+  must((kind === ROLLBACK) === (reason === OPERATOR), 'a rollback, and no other record, has the reason operator')
+  must(record.loss ? record.evaluated < record.round : record.evaluated === 0, 'the loss of a later state')
 }
 
 /** May `record` follow `previous`? */

@@ -140,7 +140,7 @@ def test_the_next_round_knows_the_members_and_the_arrivals() -> None:
     machine.handle(arrived(1), 107.0)
     assert machine.closed
     machine.handle(Joined(peer(3)), 108.0)
-    after = machine.next(named("s5"), 110.0)
+    after = machine.next(machine.run, named("s5"), 110.0)
     assert (after.round, after.base_root, after.deadline_at_s) == (6, named("s5"), 410.0)
     assert after.members == {peer(1), peer(2), peer(3)}
     assert after.history.arrivals_s == (7.0,)

@@ -808,9 +808,9 @@ def record_of(run: RunConfig, key: PrivateKey, *, entries: Sequence[bytes] = (),
     """A signed record whose fields need not fit each other."""
     fields: dict[str, Any] = {"kind": 2, "reason": 3, "run_id": run.run_id, "round": 1, "epoch": 0}
     fields |= {"previous": bytes(32), "state_root": run.genesis_root, "update_digest": bytes(32)}
-    fields |= {"opened_ms": 5, "closed_ms": 6}
+    fields |= {"amendment": bytes(32), "opened_ms": 5, "closed_ms": 6, "evaluated_round": 0, "loss_micronats": 0}
     fields |= changed
-    head = struct.pack("<4sHBB32sII32s32s32sQQI", b"SLRR", 1, *fields.values(), len(entries))
+    head = struct.pack("<4sHBB32sII32s32s32s32sQQIII", b"SLRR", 1, *fields.values(), len(entries))
     unsigned = head + b"".join(entries) + key.public
     return unsigned + key.sign("record", unsigned)
 
@@ -838,14 +838,17 @@ applied = {"kind": 1, "reason": 1, "update_digest": bytes([1]) * 32}
 some_fields = st.fixed_dictionaries(
     {},
     optional={
-        "kind": st.integers(0, 3),
-        "reason": st.integers(0, 4),
+        "kind": st.integers(0, 4),
+        "reason": st.integers(0, 5),
         "round": st.integers(0, 2),
         "previous": st.sampled_from(digests(2)),
         "update_digest": st.sampled_from(digests(2)),
         "run_id": st.sampled_from(digests(1)),
         "state_root": st.sampled_from(digests(1)),
         "closed_ms": st.integers(4, 6),
+        "amendment": st.sampled_from(digests(2)),
+        "evaluated_round": st.integers(0, 2),
+        "loss_micronats": st.integers(0, 1),
     },
 )
 
@@ -854,6 +857,7 @@ some_fields = st.fixed_dictionaries(
 @given(st.one_of(some_entries, good_entries), st.one_of(some_fields, st.just(applied)), st.booleans(), edits)
 @example([], {"kind": 0, "round": 0, "reason": 0}, True, [])
 @example([], {"kind": 0, "round": 0, "reason": 0, "state_root": bytes(32)}, True, [])
+@example([], {"kind": 3, "reason": 4}, True, [])
 def test_records(entries: list[bytes], fields: dict[str, Any], ours: bool, changes: Any) -> None:
     run = make_run()
     record = record_of(run, KEY if ours else PrivateKey.from_bytes(bytes(32)), entries=entries, **fields)
@@ -862,14 +866,14 @@ def test_records(entries: list[bytes], fields: dict[str, Any], ours: bool, chang
 
 
 @few
-@given(st.integers(1, 3), st.integers(0, 3), st.booleans(), st.booleans(), st.integers(0, 2), st.integers(1, 2))
+@given(st.integers(1, 3), st.integers(0, 3), st.booleans(), st.booleans(), st.integers(0, 2), st.integers(1, 3))
 def test_links(round: int, next_round: int, known: bool, same_root: bool, epoch: int, kind: int) -> None:
     run = make_run()
     previous = record_of(run, KEY, round=round, epoch=1)
     fields: dict[str, Any] = {"previous": spec.digest("record", previous) if known else bytes(32)}
     fields["state_root"] = run.genesis_root if same_root else bytes(32)
     entries = [entry_of(bytes(32), bytes(32))] if kind == 1 else []
-    fields |= {"kind": kind, "reason": 3, "update_digest": bytes([kind == 1]) * 32, "epoch": epoch}
+    fields |= {"kind": kind, "reason": 4 if kind == 3 else 3, "update_digest": bytes([kind == 1]) * 32, "epoch": epoch}
     record = record_of(run, KEY, round=next_round or round + 1, entries=entries, **fields)
     agree("check", "link", previous=previous, bytes=record)
 

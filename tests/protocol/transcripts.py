@@ -76,7 +76,7 @@ class Player:
             self.records[name] = self._record(fields)
         elif first == "next":
             assert isinstance(self.machine, AggregatorRound)
-            self.machine = self.machine.next(named(fields["root"]), self.now_s)
+            self.machine = self.machine.next(self.machine.run, named(fields["root"]), self.now_s)
         elif first == "aggregator":
             self.machine = self._aggregator(fields)
         else:
