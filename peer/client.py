@@ -16,8 +16,8 @@ from itertools import islice
 import structlog
 
 from peer import keep
-from peer.bootstrap import wait_for_stop
 from peer.config import PeerConfig
+from peer.connection import FIRST_PATIENCE_S, Connection
 from peer.core import codec
 from peer.core.device import pick_device, pick_dtype, set_threads
 from peer.core.replica import Replica, Trained
@@ -25,14 +25,16 @@ from peer.data.prepare import Dataset, prepare
 from peer.download import StateLoader
 from peer.errors import UserCode, UserError
 from peer.find import DHT_TTL_S, Finder, Place
-from peer.merge import accepted, sections_of_bundle, sections_of_update
-from peer.net.errors import LinkError, LinkFailure
+from peer.merge import accepted
+from peer.net.errors import LinkError
 from peer.net.link import Link
-from peer.net.messages import RoundClosed, RoundOpened
+from peer.net.messages import RoundClosed, RoundEvent, RoundOpened
 from peer.net.service import Server
+from peer.net.throttle import Traffic
 from peer.serving import Donor, serve_others
 from peer.store import Home, RunFolder, load_or_make_key
 from peer.telemetry import Progress, Telemetry
+from peer.updates import Updates
 from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST, PrivateKey
 from protocol.invite import Invite
@@ -67,13 +69,10 @@ from protocol.round import (
     WakeAt,
 )
 from protocol.run import RunConfig, SignedRun
-from protocol.wire import bundle_bytes_max, packet_to_wire, update_wire_bytes_max
+from protocol.wire import packet_to_wire
 
 log = structlog.get_logger()
 
-FIRST_PATIENCE_S = 30.0  # how long the very first connection is tried before the user is told
-BACKOFF_S_MIN = 1.0
-BACKOFF_S_MAX = 30.0
 ANNOUNCE_S = DHT_TTL_S / 3
 LEAVE_S = 4.0  # Ctrl+C answers within five seconds
 
@@ -87,8 +86,6 @@ class Totals:
     tokens: int = 0
     steps_ahead: int = 0
     bytes_up: int = 0
-    update_bytes: int = 0
-    bundle_bytes: int = 0
     sent_values: int = 0
     inner_s: float = 0.0
     began_s: float | None = None
@@ -100,19 +97,6 @@ class _Packet:
     digest: bytes
     wire: bytes
     values: int
-
-
-_Fetched = tuple[str, int, Sequence[bytes]]  # the form, its bytes, and the update's sections
-
-_NOTHING: _Fetched = ("nothing", 0, ())
-
-
-@dataclass(frozen=True)
-class _Offer:
-    """A bundle that the aggregator offers for the newest record, because it is smaller than the update."""
-
-    record_digest: bytes
-    size: int
 
 
 class Client:
@@ -134,13 +118,11 @@ class Client:
         self._patience_s = patience_s
         self._key = load_or_make_key(home.key_path)
         self._inbox: asyncio.Queue[ReplicaEvent] = asyncio.Queue()
-        self._link: Link | None = None
         self._jobs: set[asyncio.Task[None]] = set()
         self._stop_inner = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._packet: _Packet | None = None
-        self._offer: _Offer | None = None
-        self._prefetched: tuple[bytes, asyncio.Task[_Fetched]] | None = None
+        self._traffic = Traffic()
         self._totals = Totals()
         self._crash: BaseException | None = None
         # Set by `join` once the run is known.
@@ -151,6 +133,8 @@ class Client:
         self._machine: ReplicaRound
         self._progress: Progress
         self._loader: StateLoader
+        self._connection: Connection
+        self._updates: Updates
         self._donor: Donor | None = None
         self._server: Server | None = None
         self._certificate_sha256 = NO_DIGEST
@@ -159,14 +143,17 @@ class Client:
         """Take part until the run is complete or `stop` is set. Raises UserError or ProtocolError."""
         finder = await Finder.open(self._invite, self._home)
         try:
-            link = await self._first_link(finder)
+            self._connection = Connection(
+                finder, self._key, self._stop, self._traffic, plaintext=self._plaintext, patience_s=self._patience_s
+            )
+            link = await self._connection.first()
             try:
                 await self._prepare(link, finder)
             except BaseException:
                 await link.close()
                 raise
             with self._telemetry.progress(self.run.outer.rounds, self.run.inner.steps) as self._progress:
-                keeper = asyncio.create_task(self._keep_link(link, finder))
+                keeper = asyncio.create_task(self._connection.keep(link, self))
                 herald = asyncio.create_task(self._announce(finder))
                 try:
                     await self._drive(keeper)
@@ -180,55 +167,23 @@ class Client:
 
     # The link
 
-    async def _first_link(self, finder: Finder) -> Link:
-        """Connect, or say when patience runs out why that is impossible."""
-        began_s, wait_s = time.monotonic(), BACKOFF_S_MIN
-        while True:
-            try:
-                return await self._open_link(finder)
-            except LinkError as error:
-                if not error.retryable or time.monotonic() - began_s + wait_s > self._patience_s or self._stop.is_set():
-                    raise as_user_error(error) from error
-                log.warning("no aggregator yet", why=error.reason, retry_in_s=wait_s)
-            await wait_for_stop(self._stop, wait_s)
-            wait_s = min(2 * wait_s, BACKOFF_S_MAX)
+    def connected(self, head_record: bytes) -> None:
+        """A link stands, and its aggregator's newest record is this one. Raises ProtocolError."""
+        self._post(Connected(self._checked(head_record)))
 
-    async def _open_link(self, finder: Finder) -> Link:
-        """Join an aggregator, wherever the finder finds one. Raises LinkError or ProtocolError."""
-        return await finder.connect(self._key, plaintext=self._plaintext)
+    def heard(self, event: RoundEvent) -> None:
+        """A round opened or closed. Raises ProtocolError."""
+        match event:
+            case RoundOpened():
+                self._post(Opened(event.round, event.base_root, event.inner_steps, event.closes_in_s))
+            case RoundClosed():
+                record = self._checked(event.record)
+                self._updates.note(event, record)
+                self._post(Recorded((record,)))
 
-    async def _keep_link(self, link: Link, finder: Finder) -> None:
-        """Feed the machine from the link, and make a new one whenever it breaks."""
-        wait_s = BACKOFF_S_MIN
-        while not self._stop.is_set():
-            self._link = link
-            try:
-                self._post(Connected(self._checked(link.head_record)))
-                async for event in link.watch():
-                    wait_s = BACKOFF_S_MIN
-                    match event:
-                        case RoundOpened():
-                            self._post(Opened(event.round, event.base_root, event.inner_steps, event.closes_in_s))
-                        case RoundClosed():
-                            record = self._checked(event.record)
-                            self._offer = self._offer_of(event, record)
-                            self._post(Recorded((record,)))
-                reason = "the aggregator ended the connection"
-            except (LinkError, ProtocolError) as error:
-                reason = str(error)
-            self._link = None
-            self._post(Lost(reason))
-            await link.close()
-            log.warning("connection lost", why=reason)
-            while not self._stop.is_set():
-                await wait_for_stop(self._stop, wait_s)
-                wait_s = min(2 * wait_s, BACKOFF_S_MAX)
-                try:
-                    link = await self._open_link(finder)
-                    log.info("connected again", address=link.address)
-                    break
-                except (LinkError, ProtocolError) as error:
-                    log.warning("no aggregator", why=str(error), retry_in_s=wait_s)
+    def lost(self, reason: str) -> None:
+        """The link is gone."""
+        self._post(Lost(reason))
 
     async def _announce(self, finder: Finder) -> None:
         """Show this peer in the directory for as long as it takes part."""
@@ -244,13 +199,6 @@ class Client:
         check_record(record, self.run)
         return record
 
-    def _offer_of(self, event: RoundClosed, record: RoundRecord) -> _Offer | None:
-        """The bundle that saves bytes, if there is one whose packets fit into the memory that any update may need."""
-        size_max = bundle_bytes_max(self.run, len(accepted(record.entries)))
-        smaller = 0 < event.bundle_bytes < event.update_bytes and event.bundle_bytes <= size_max
-        fits = size_max <= update_wire_bytes_max(self.run)
-        return _Offer(record.digest, event.bundle_bytes) if smaller and fits else None
-
     async def _prepare(self, link: Link, finder: Finder) -> None:
         """Fetch and verify the run, then make its data and the replica."""
         log.info("connected", address=link.address, aggregator=link.aggregator)
@@ -259,6 +207,7 @@ class Client:
         self.run = signed.config
         self._folder = self._home.run(run_id)
         self._loader = self._make_loader(finder)
+        self._updates = Updates(self.run, self._connection)
         if self._config.serve:
             await self._serve(signed)
         device = pick_device(self._config.device)
@@ -291,7 +240,7 @@ class Client:
         """What brings the parameters here, from whoever has them."""
 
         async def fetch(kind: str, digest: bytes, size_max: int) -> bytes:
-            return await self._the_link().fetch(kind, digest, size_max=size_max)
+            return await self._connection.link.fetch(kind, digest, size_max=size_max)
 
         async def places() -> list[Place]:
             peers = [place for place in await finder.peer_places() if place.aggregators != (self._key.public,)]
@@ -301,7 +250,7 @@ class Client:
 
     async def _open_source(self, place: Place) -> Link:
         # A key of its own, for a second session of the same key would end the first.
-        return await Link.open(
+        link = await Link.open(
             place.address,
             run_id=self.run.run_id,
             key=PrivateKey.generate(),
@@ -309,6 +258,8 @@ class Client:
             certificate_sha256=None if self._plaintext else place.certificate_sha256,
             plaintext=self._plaintext,
         )
+        link.traffic = self._traffic
+        return link
 
     async def _serve(self, signed: SignedRun) -> None:
         """Offer others what they need to join, under the address of our settings."""
@@ -487,7 +438,7 @@ class Client:
     async def _send(self, digest: bytes) -> ReplicaEvent:
         packet = self._packet
         assert packet is not None and packet.digest == digest, "the machine sends what was made last"
-        answer = await self._the_link().submit(digest, packet.wire)
+        answer = await self._connection.link.submit(digest, packet.wire)
         self._totals.bytes_up += len(packet.wire)
         self._totals.sent_values += packet.values
         log.info("receipt", accepted=answer.accepted, code=answer.code, bytes=len(packet.wire))
@@ -517,13 +468,9 @@ class Client:
             log.info("leaving", why=str(error))
 
     async def _apply_update(self, record: RoundRecord) -> ReplicaEvent:
-        prefetched, self._prefetched = self._prefetched, None
-        if prefetched is not None and prefetched[0] == record.digest:
-            form, size, sections = await prefetched[1]
-        else:
-            form, size, sections = await self._fetch_update(record)
-        root = await asyncio.to_thread(self._replica.apply, sections)
-        await self._offer_others(record, root, sections)
+        update = await self._updates.take(record, self._base_root())
+        root = await asyncio.to_thread(self._replica.apply, update.sections)
+        await self._offer_others(record, root, update.sections)
         self._totals.rounds += 1
         log.info(
             "round",
@@ -532,48 +479,20 @@ class Client:
             mine_counted=any(entry.peer == self._key.public and entry.weight for entry in record.entries),
             contributors=len(accepted(record.entries)),
             loss=self._totals.loss,
-            form=form,
-            bytes=size,
+            form=update.form,
+            bytes=update.size,
             state_root=root.hex(),
         )
         return Applied(record.round, root)
 
     async def _prefetch(self, record: RoundRecord) -> ReplicaEvent:
-        """Fetch an update beside the training; whoever applies it takes it, or hears why it is not here."""
-        task = asyncio.create_task(self._fetch_update(record))
-        self._prefetched = (record.digest, task)
-        await asyncio.wait({task})
+        await self._updates.prefetch(record, self._base_root())
         return Prefetched(record.digest)
 
-    async def _fetch_update(self, record: RoundRecord) -> _Fetched:
-        if record.update_digest == NO_DIGEST:
-            return _NOTHING
-        return await self._bundle(record) or await self._update(record)
-
-    async def _update(self, record: RoundRecord) -> _Fetched:
-        limit = update_wire_bytes_max(self.run)
-        data = await self._the_link().fetch("update", record.update_digest, size_max=limit)
-        self._totals.update_bytes += len(data)
-        return "update", len(data), await asyncio.to_thread(sections_of_update, data, record, self.run)
-
-    async def _bundle(self, record: RoundRecord) -> _Fetched | None:
-        """Merge the round's packets where they are smaller than their update; None where that does not work out."""
-        offer, base = self._offer, self._machine.record
-        if offer is None or offer.record_digest != record.digest:
-            return None
-        assert base is not None, "an update follows a record"
-        try:
-            data = await self._the_link().fetch("bundle", record.digest, size_max=offer.size)
-            self._totals.bundle_bytes += len(data)
-            return (
-                "bundle",
-                len(data),
-                await asyncio.to_thread(sections_of_bundle, data, record, base.state_root, self.run),
-            )
-        except ProtocolError as error:
-            log.warning("the bundle is no good, so the update is fetched", round=record.round, why=str(error))
-            self._offer = None
-            return None
+    def _base_root(self) -> bytes:
+        """The state root that the next update starts from; nothing is applied to a state that is not known."""
+        record = self._machine.record
+        return NO_DIGEST if record is None else record.state_root
 
     async def _load_state(self, record: RoundRecord) -> ReplicaEvent:
         """Take the outer parameters from our own disk, or get them from others."""
@@ -598,31 +517,24 @@ class Client:
 
     async def _offer_others(self, record: RoundRecord, root: bytes, sections: Sequence[bytes] | None) -> None:
         """Offer the parameters that we have now to others, if we serve them."""
-        base = self._machine.record
         if self._donor is not None and root == record.state_root:
-            base_root = base.state_root if base is not None else NO_DIGEST
             flat = self._replica.outer_state()
-            await asyncio.to_thread(self._donor.applied, record, base_root, sections, flat)
+            await asyncio.to_thread(self._donor.applied, record, self._base_root(), sections, flat)
 
     async def _catch_up(self, effect: CatchUp) -> ReplicaEvent:
         records = [effect.head]
         while records[-1].round > effect.have.round + 1:
             digest = records[-1].previous
-            record = self._checked(await self._the_link().fetch("record", digest, size_max=RECORD_BYTES_MAX))
+            record = self._checked(await self._connection.link.fetch("record", digest, size_max=RECORD_BYTES_MAX))
             if record.digest != digest:
                 raise ProtocolError(Code.WRONG_DIGEST, "the record is another than the one asked for")
             records.append(record)
         return Recorded(tuple(reversed(records)))
 
-    def _the_link(self) -> Link:
-        if self._link is None:
-            raise LinkError(LinkFailure.CUT, "there is no connection at the moment", retryable=True)
-        return self._link
-
     # The end
 
     def _finish(self) -> None:
-        record, totals = self._machine.record, self._totals
+        record, totals, updates = self._machine.record, self._totals, self._updates
         assert record is not None, "a finished run has a last record"
         wall_s = time.monotonic() - totals.began_s if totals.began_s is not None else 0.0
         flat = self._replica.outer_state()
@@ -637,9 +549,9 @@ class Client:
             tokens=totals.tokens,
             steps_ahead=totals.steps_ahead,
             bytes_up=totals.bytes_up,
-            bytes_down=totals.update_bytes + totals.bundle_bytes,
-            update_bytes=totals.update_bytes,
-            bundle_bytes=totals.bundle_bytes,
+            bytes_down=updates.update_bytes + updates.bundle_bytes,
+            update_bytes=updates.update_bytes,
+            bundle_bytes=updates.bundle_bytes,
             bits_per_value=8 * totals.bytes_up / totals.sent_values if totals.sent_values else None,
             inner_time_share=totals.inner_s / wall_s if wall_s else None,
             state_root=root.hex(),
@@ -654,34 +566,9 @@ class Client:
         await asyncio.gather(keeper, return_exceptions=True)
         if self._jobs:
             await asyncio.wait(self._jobs, timeout=LEAVE_S)
-        if self._link is not None:
-            await self._link.close()
+        await self._connection.close()
         if self._server is not None:
             await self._server.close(LEAVE_S / 4)
         self._folder.close()
         if self._crash is not None:
             raise self._crash
-
-
-def as_user_error(error: LinkError) -> UserError:
-    """What a failed first connection means for the person at the keyboard."""
-    code, remedy = _LINK_REMEDIES.get(error.failure, _OTHER_LINK)
-    return UserError(code, error.reason, remedy)
-
-
-_OTHER_LINK = (UserCode.CONNECTION_LOST, "check the network and start the same command again; what is done is kept")
-_LINK_REMEDIES = {
-    LinkFailure.ADDRESS: (UserCode.UNKNOWN_HOST, "ask the operator for a new invite: its address is unusable"),
-    LinkFailure.DNS: (UserCode.UNKNOWN_HOST, "check the network and its DNS, or ask the operator for a new invite"),
-    LinkFailure.REFUSED: (UserCode.UNREACHABLE, "ask the operator whether `sparseloco-peer aggregate` is running"),
-    LinkFailure.UNREACHABLE: (UserCode.UNREACHABLE, "check this machine's network, then start the same command again"),
-    LinkFailure.TIMEOUT: (UserCode.TIMED_OUT, "check that a firewall lets outgoing TCP through to that port"),
-    LinkFailure.CERTIFICATE: (
-        UserCode.WRONG_CERTIFICATE,
-        "ask the operator for the newest invite; do not go on if it is the same: somebody may sit in between",
-    ),
-    LinkFailure.NOT_OURS: (
-        UserCode.UNREACHABLE,
-        "ask the operator for the right address: something else answers there",
-    ),
-}
