@@ -174,7 +174,7 @@ class AggregatorRound:
         self.round = round
         self.base_root = base_root
         self.started_s = opened_s
-        self.closed = False
+        self.closed = round > run.outer.rounds  # nothing follows the last round of the run
         self.history = history
         self._rules = run.rounds
         self._opening = members
@@ -635,7 +635,7 @@ class ReplicaRound:
                     self._work.digest = event.digest
             case Receipt():
                 self._receipt(event, now_s)
-            case Prefetched():
+            case Prefetched() if event.digest == self._ahead.prefetch:
                 self._ahead.fetched = event.digest
             case Applied():
                 self._applied(event, now_s, effects)
@@ -844,7 +844,9 @@ class ReplicaRound:
     def _next_job(self, now_s: float, effects: list[ReplicaEffect]) -> _Job | None:
         """Choose the next job: close gaps first, then follow the records, then work for the open round."""
         if self._wanted is not None:
-            return CatchUp(self._queue[0] if self.record is None else self.record, self._wanted)
+            # The older one: what waits may be of a branch that forked off before ours and is not as long yet.
+            held = [item for item in (self.record, *self._queue[:1]) if item is not None]
+            return CatchUp(min(held, key=lambda item: item.round), self._wanted)
         if self._queue:
             self._settle(now_s, effects)
             if any(record.kind == Kind.ROLLBACK for record in self._queue):

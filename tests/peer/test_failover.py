@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from peer.aggregator import Aggregator
+from peer.audit import audit
 from peer.operator import OperatorFolder
 from peer.store import Home, RunFolder, load_key
 from protocol.ledger import RoundRecord, Verdict, check_link, check_record
@@ -130,6 +131,10 @@ def test_one_aggregator_after_the_other_is_killed_and_the_run_goes_on(tmp_path: 
     assert epochs[lost - 1] == 0 < epochs[lost] < epochs[-1], epochs
     assert bytes.fromhex(copied["peer"]) in counted(records[lost]), "its packet had a receipt"
     assert load_key(tmp_path / "two" / "key").public in counted(records[lost])
+
+    for folder in (run_folder, tmp_path / "mirror"):
+        for report in audit(folder, None, None, lambda *_: None):
+            assert report.passed, "\n".join(report.lines())
 
     theirs = asyncio.run(close_again(tmp_path / "as-it-was", run, packets))
     ours = records[lost]
