@@ -13,6 +13,9 @@ def add(add_parser: AddParser) -> None:
     new = run.add_parser("new", help="make keys, sign the run and print its invite")
     new.add_argument("settings", type=Path, metavar="RUN.toml")
     new.add_argument("--out", type=Path, required=True, help="folder to make")
+    new.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="the run's corpus, as `sparseloco-peer corpus` made it"
+    )
     new.add_argument("--host", default="127.0.0.1", help="name or address under which others reach the aggregator")
     new.add_argument("--port", type=int, default=7700, help="TCP port of the aggregator")
     new.add_argument("--bootstrap-port", type=int, default=7701, help="TCP port of the bootstrap node")
@@ -31,7 +34,7 @@ def _new(arguments: argparse.Namespace) -> int:
     from peer.operator import RunPlace, new_run, read_settings
 
     place = RunPlace(arguments.host, arguments.port, arguments.bootstrap_port, tuple(arguments.standby))
-    invite = new_run(read_settings(arguments.settings), arguments.out, place)
+    invite = new_run(read_settings(arguments.settings), arguments.out, place, arguments.data)
     out = arguments.out
     print(f"The run is in {out}. Start it, each in a shell of its own:\n", file=sys.stderr)
     print(f"  sparseloco-peer bootstrap {out}\n  sparseloco-peer aggregate {out}", file=sys.stderr)
