@@ -5,12 +5,12 @@ import sys
 import traceback
 from pathlib import Path
 
-from peer.commands import demo, join, look, run, servers, simulate
+from peer.commands import control, demo, join, look, run, servers, simulate
 from peer.errors import UserCode, UserError, render
 from protocol.errors import ProtocolError
 
 INTERRUPTED = 130
-COMMANDS = (join, run, servers, demo, look, simulate)
+COMMANDS = (join, control, run, servers, demo, look, simulate)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,45 +3,54 @@
 `ReplicaRound` decides what is done next; this program performs it: inner steps and merges in threads, bytes over the
 link. It only ever dials out, unless it is told to serve others, and it goes on by itself through a restart of the
 aggregator or a lost connection. Its replica is stored before each packet is sent, so a peer that is killed goes on from
-there when it is started again.
+there when it is started again. Its owner's wishes (peer.controls) decide whether it may train: while it may not, it
+follows the rounds without being awaited. Told to finish, it sends what it has, waits for the receipt and leaves.
 """
 
 import asyncio
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from peer import keep
 from peer.config import PeerConfig
 from peer.connection import FIRST_PATIENCE_S, Connection
-from peer.core import codec
-from peer.core.device import pick_device, pick_dtype, set_threads
+from peer.controls import Controls
 from peer.core.replica import Replica, Trained
-from peer.data.prepare import Dataset, prepare
+from peer.data.prepare import Dataset
 from peer.download import StateLoader
-from peer.errors import UserCode, UserError
-from peer.find import DHT_TTL_S, Finder, Place
+from peer.equip import demand_room, equip
+from peer.find import DHT_TTL_S, Finder
 from peer.merge import accepted
 from peer.net.errors import LinkError
 from peer.net.link import Link
 from peer.net.messages import RoundClosed, RoundEvent, RoundOpened
 from peer.net.service import Server
 from peer.net.throttle import Traffic
+from peer.phases import DOWNLOAD, FIND, FIRST_ACCEPTED, FIRST_STEP, REPLAY, VERIFY, Phases
 from peer.serving import Donor, serve_others
+from peer.sources import state_loader
 from peer.store import Home, RunFolder, load_or_make_key
-from peer.telemetry import Progress, Telemetry
+from peer.telemetry import Telemetry
+from peer.totals import Totals
+from peer.training import Trainer
 from peer.updates import Updates
+from peer.view import View
 from protocol.errors import Code, ProtocolError
-from protocol.identity import NO_DIGEST, PrivateKey
+from protocol.identity import NO_DIGEST
 from protocol.invite import Invite
 from protocol.ledger import RoundRecord, check_record
 from protocol.limits import RECORD_BYTES_MAX, RUN_BYTES_MAX
 from protocol.packet import make_packet
 from protocol.round import (
+    RESENDABLE,
     Alarm,
     Applied,
     ApplyUpdate,
@@ -72,24 +81,21 @@ from protocol.run import RunConfig, SignedRun
 from protocol.wire import packet_to_wire
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 ANNOUNCE_S = DHT_TTL_S / 3
-LEAVE_S = 4.0  # Ctrl+C answers within five seconds
-
-
-@dataclass
-class Totals:
-    """What this peer has done since it was started."""
-
-    rounds: int = 0
-    accepted: int = 0
-    tokens: int = 0
-    steps_ahead: int = 0
-    bytes_up: int = 0
-    sent_values: int = 0
-    inner_s: float = 0.0
-    began_s: float | None = None
-    loss: float | None = None
+LEAVE_S = 4.0  # for whatever is under way when it is time to leave
+INTERRUPT_S = 6.0  # Ctrl+C gives the packet so long to arrive
+FINISH_S = 300.0  # `finish` is not in such a hurry
+WAITING = "waiting for the others"
+_ACTIVITIES = {
+    TrainInner: "training",
+    MakePacket: "making the packet",
+    Send: "sending the packet",
+    ApplyUpdate: "taking the update",
+    LoadState: "fetching the parameters",
+    CatchUp: "catching up",
+}
 
 
 @dataclass
@@ -97,6 +103,7 @@ class _Packet:
     digest: bytes
     wire: bytes
     values: int
+    answered: bool = False
 
 
 class Client:
@@ -112,17 +119,24 @@ class Client:
         *,
         plaintext: bool = False,
         patience_s: float = FIRST_PATIENCE_S,
+        began_s: float | None = None,
     ) -> None:
+        """`stop` ends it at once, `finish` when its packet is sent; `began_s` is when its user started it."""
         self._invite, self._home, self._config = invite, home, config
         self._telemetry, self._stop, self._plaintext = telemetry, stop, plaintext
         self._patience_s = patience_s
         self._key = load_or_make_key(home.key_path)
         self._inbox: asyncio.Queue[ReplicaEvent] = asyncio.Queue()
-        self._jobs: set[asyncio.Task[None]] = set()
+        self._jobs: dict[asyncio.Task[None], ReplicaEffect] = {}
         self._stop_inner = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._packet: _Packet | None = None
         self._traffic = Traffic()
+        self._controls = Controls(home, config.limits, self._traffic, self._wishes_changed)
+        self._phases = Phases(time.monotonic() if began_s is None else began_s, telemetry.say)
+        self._view = View(telemetry.console, self._phases, self._traffic)
+        self._nudge = asyncio.Event()  # wakes who waits for the owner's leave to train
+        self._round_over = self._finishing = self._driving = False
         self._totals = Totals()
         self._crash: BaseException | None = None
         # Set by `join` once the run is known.
@@ -131,7 +145,7 @@ class Client:
         self._data: Dataset
         self._replica: Replica
         self._machine: ReplicaRound
-        self._progress: Progress
+        self._trainer: Trainer
         self._loader: StateLoader
         self._connection: Connection
         self._updates: Updates
@@ -141,29 +155,130 @@ class Client:
 
     async def join(self) -> Totals:
         """Take part until the run is complete or `stop` is set. Raises UserError or ProtocolError."""
-        finder = await Finder.open(self._invite, self._home)
+        self._telemetry.listener = self._view.heard
+        watch = asyncio.create_task(self._controls.watch())
+        watch.add_done_callback(self._job_done)
         try:
-            self._connection = Connection(
-                finder, self._key, self._stop, self._traffic, plaintext=self._plaintext, patience_s=self._patience_s
-            )
-            link = await self._connection.first()
+            with self._view:
+                await self._unless_stopped(self._allowance())
+                finder = await self._unless_stopped(Finder.open(self._invite, self._home))
+                if finder is not None:
+                    await self._join(finder)
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            self._telemetry.listener = None
+        if self._crash is not None:
+            raise self._crash
+        return self._totals
+
+    async def _join(self, finder: Finder) -> None:
+        self._connection = Connection(
+            finder, self._key, self._stop, self._traffic, plaintext=self._plaintext, patience_s=self._patience_s
+        )
+        try:
+            link = await self._unless_stopped(self._connection.first())
+            if link is None:
+                return
+            self._phases.over(FIND)
             try:
-                await self._prepare(link, finder)
+                await self._unless_stopped(self._prepare(link, finder))
             except BaseException:
                 await link.close()
                 raise
-            with self._telemetry.progress(self.run.outer.rounds, self.run.inner.steps) as self._progress:
-                keeper = asyncio.create_task(self._connection.keep(link, self))
-                herald = asyncio.create_task(self._announce(finder))
-                try:
-                    await self._drive(keeper)
-                finally:
-                    herald.cancel()
-                    await asyncio.gather(herald, return_exceptions=True)
-                    await self._leave(keeper)
+            if self._stop.is_set():
+                await link.close()
+                return
+            self._phases.over(VERIFY)
+            await self._take_part(link, finder)
         finally:
             await finder.close()
-        return self._totals
+
+    async def _take_part(self, link: Link, finder: Finder) -> None:
+        """Follow the rounds from here on, until the end or the time to leave."""
+        self._driving = True
+        self._wishes_changed()
+        keeper = asyncio.create_task(self._connection.keep(link, self))
+        herald = asyncio.create_task(self._announce(finder))
+        sense = asyncio.create_task(self._view.sense(self._replica.device.type))
+        try:
+            await self._drive(keeper)
+        finally:
+            for task in (herald, sense):
+                task.cancel()
+            await asyncio.gather(herald, sense, return_exceptions=True)
+            await self._leave(keeper)
+
+    async def _unless_stopped(self, work: Coroutine[None, None, T]) -> T | None:
+        """Do this, or give it up when it is time to leave."""
+        task, stopped = asyncio.ensure_future(work), asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            for each in (task, stopped):
+                each.cancel()
+            await asyncio.gather(task, stopped, return_exceptions=True)
+
+    # The owner's wishes
+
+    def finish(self, patience_s: float) -> None:
+        """Stop training after the step under way, send what was done, wait for its receipt, and leave by then."""
+        first, self._finishing = not self._finishing, True
+        asyncio.get_running_loop().call_later(patience_s, self._stop.set)
+        if not self._driving:
+            self._stop.set()
+        elif first:
+            waits = self._unfinished()
+            if waits:
+                self._telemetry.say(f"finishing: {waits}; then this peer leaves, after at most {patience_s:g} s")
+            log.info("finishing", waits_for=waits, at_most_s=patience_s)
+            self._stop_training()
+            self._post(Tick())
+
+    def _unfinished(self) -> str:
+        """What is still to be done before this peer may leave; "" when nothing is."""
+        for effect in self._jobs.values():
+            if isinstance(effect, TrainInner | MakePacket | Send):
+                return f"{_ACTIVITIES[type(effect)]} is to end"
+        waits = self._packet is not None and not self._packet.answered and self._connection.stands
+        return "the packet is to be sent" if waits else ""
+
+    def _wishes_changed(self) -> None:
+        """Act on what the owner or the machine itself lets this peer do now."""
+        hold = self._controls.hold
+        if self._driving:
+            self._trainer.share = self._controls.limits.share
+            self._connection.go_offline(hold is not None and hold.offline)
+            if hold is None:
+                self._connection.observe(False)
+            else:
+                self._stop_inner.set()
+        self._nudge.set()
+        if self._controls.finish:
+            self.finish(FINISH_S)
+
+    async def _allowance(self) -> None:
+        """Wait while nothing may travel."""
+        while self._controls.hold is not None and self._controls.hold.offline:
+            self._nudge.clear()
+            await self._nudge.wait()
+
+    async def _may_train(self, ahead: bool) -> bool:
+        """Wait for the owner's leave to train. False when the round is over first, or it is not worth the wait."""
+        while self._controls.hold is not None and not self._ends() and not ahead:
+            # The rounds need not wait for us.
+            self._connection.observe(True)
+            self._nudge.clear()
+            await self._nudge.wait()
+        return self._controls.hold is None and not self._ends()
+
+    def _ends(self) -> bool:
+        return self._round_over or self._finishing or self._stop.is_set()
+
+    def _stop_training(self) -> None:
+        self._stop_inner.set()
+        self._nudge.set()
 
     # The link
 
@@ -175,6 +290,7 @@ class Client:
         """A round opened or closed. Raises ProtocolError."""
         match event:
             case RoundOpened():
+                self._view.opened(event.closes_in_s)
                 self._post(Opened(event.round, event.base_root, event.inner_steps, event.closes_in_s))
             case RoundClosed():
                 record = self._checked(event.record)
@@ -206,60 +322,24 @@ class Client:
         signed = SignedRun.from_bytes(await link.fetch("run", run_id, size_max=RUN_BYTES_MAX + 1024), run_id=run_id)
         self.run = signed.config
         self._folder = self._home.run(run_id)
-        self._loader = self._make_loader(finder)
+        await asyncio.to_thread(demand_room, self.run, self._home, self._controls.limits)
+        self._loader = state_loader(
+            self.run,
+            self._folder.path / "loading",
+            self._connection,
+            finder,
+            self._key,
+            self._traffic,
+            self._plaintext,
+        )
         self._updates = Updates(self.run, self._connection)
         if self._config.serve:
             await self._serve(signed)
-        device = pick_device(self._config.device)
-        set_threads(self._config.threads)
-
-        def build() -> tuple[Dataset, Replica, str]:
-            data = prepare(self.run.data, self._home.path / "data", self._config.data_paths)
-            data.check_vocabulary(self.run.model.vocab_size)
-            replica = Replica(self.run, device, pick_dtype(self._config.dtype, device), self._config.micro_batch)
-            return data, replica, codec.kernels_in_use(device)
-
-        try:
-            self._data, self._replica, kernels = await asyncio.to_thread(build)
-        except ValueError as error:
-            raise UserError(UserCode.NO_CORPUS, str(error), "get what the run needs, then start again") from error
+        made = await asyncio.to_thread(equip, self.run, self._home, self._config, self._key.public)
+        self._data, self._replica = made.data, made.replica
+        self._trainer = Trainer(self._replica)
         self._machine = await asyncio.to_thread(self._resume)
-        path, _, why = kernels.partition(": ")
-        log.info("kernels", path=path, why=why)
-        log.info(
-            "run",
-            name=self.run.name,
-            run_id=run_id,
-            parameters=self.run.layout.size,
-            device=str(device),
-            rounds=self.run.outer.rounds,
-            inner_steps=self.run.inner.steps,
-        )
-
-    def _make_loader(self, finder: Finder) -> StateLoader:
-        """What brings the parameters here, from whoever has them."""
-
-        async def fetch(kind: str, digest: bytes, size_max: int) -> bytes:
-            return await self._connection.link.fetch(kind, digest, size_max=size_max)
-
-        async def places() -> list[Place]:
-            peers = [place for place in await finder.peer_places() if place.aggregators != (self._key.public,)]
-            return [*await finder.places(), *peers]
-
-        return StateLoader(self.run, self._folder.path / "loading", fetch, places, self._open_source)
-
-    async def _open_source(self, place: Place) -> Link:
-        # A key of its own, for a second session of the same key would end the first.
-        link = await Link.open(
-            place.address,
-            run_id=self.run.run_id,
-            key=PrivateKey.generate(),
-            expect_aggregators=place.aggregators,
-            certificate_sha256=None if self._plaintext else place.certificate_sha256,
-            plaintext=self._plaintext,
-        )
-        link.traffic = self._traffic
-        return link
+        self._view.begin(self.run.name, self.run.outer.rounds, self.run.inner.steps)
 
     async def _serve(self, signed: SignedRun) -> None:
         """Offer others what they need to join, under the address of our settings."""
@@ -305,6 +385,8 @@ class Client:
         stopped = asyncio.create_task(self._stop.wait())
         try:
             while not self._machine.finished and not self._stop.is_set():
+                if self._finishing and self._inbox.empty() and not self._unfinished():
+                    break
                 got = asyncio.create_task(self._inbox.get())
                 await asyncio.wait({got, stopped, keeper}, return_when=asyncio.FIRST_COMPLETED)
                 if not got.done():
@@ -314,10 +396,17 @@ class Client:
                     break
                 for effect in self._machine.handle(got.result(), time.monotonic()):
                     await self._perform(effect)
+                self._note_replayed()
         finally:
             stopped.cancel()
         if self._machine.finished:
             self._finish()
+
+    def _note_replayed(self) -> None:
+        """The updates that led here are applied as soon as nothing of that kind is under way."""
+        behind = any(isinstance(effect, ApplyUpdate | LoadState | CatchUp) for effect in self._jobs.values())
+        if self._phases.current in (DOWNLOAD, REPLAY) and self._machine.record is not None and not behind:
+            self._phases.over(REPLAY)
 
     async def _perform(self, effect: ReplicaEffect) -> None:
         match effect:
@@ -336,7 +425,8 @@ class Client:
             case Send():
                 self._start(effect, self._send(effect.digest))
             case StopInner():
-                self._stop_inner.set()
+                self._round_over = True
+                self._stop_training()
             case Settle():
                 await asyncio.to_thread(self._settle, effect)
             case Alarm():
@@ -361,8 +451,14 @@ class Client:
                 log.info("leaving", why=str(error))
 
         task = asyncio.create_task(answered())
-        self._jobs.add(task)
+        self._jobs[task] = effect
+        self._say(_ACTIVITIES.get(type(effect), ""))
         task.add_done_callback(self._job_done)
+
+    def _say(self, activity: str) -> None:
+        if activity:
+            self._view.say(activity)
+            self._controls.say(activity)
 
     def _fail(self, effect: ReplicaEffect, reason: str, *, gone: bool) -> None:
         log.warning("will try again", job=type(effect).__name__, why=reason)
@@ -372,7 +468,11 @@ class Client:
             self._post(Failed(reason, gone))
 
     def _job_done(self, task: asyncio.Task[None]) -> None:
-        self._jobs.discard(task)
+        self._jobs.pop(task, None)
+        if self._driving and not self._jobs:
+            self._say(WAITING)
+        if self._finishing:
+            self._post(Tick())  # so that the driver sees whether this was the last of it
         if not task.cancelled() and task.exception() is not None:
             # Our own mistake or a user error such as a full disk: it ends the program, by way of the driver.
             self._crash = task.exception()
@@ -381,27 +481,34 @@ class Client:
     # The jobs
 
     async def _train(self, effect: TrainInner) -> ReplicaEvent:
-        self._stop_inner.clear()
+        self._round_over = False
         inner = self.run.inner
-        batches = self._data.training_batches(effect.round, self._key.public, inner.steps, inner.batch_size)
         step_tokens = inner.batch_size * self.run.data.sequence_length
         began_s = time.monotonic()
         if self._totals.began_s is None:
             self._totals.began_s = began_s
 
+        def batches(first: int) -> Iterator[NDArray[np.int64]]:
+            every = self._data.training_batches(effect.round, self._key.public, inner.steps, inner.batch_size)
+            return islice(every, first, None)
+
         def on_step(steps: int, loss: float) -> None:
-            self._progress.report(round=effect.round, step=effect.done + steps, tokens=step_tokens, loss=loss)
+            self._phases.over(FIRST_STEP)
+            self._view.report(round=effect.round, step=effect.done + steps, tokens=step_tokens, loss=loss)
             if steps >= effect.steps:
                 self._stop_inner.set()
 
         def train() -> Trained:
             if effect.ahead:
                 self._replica.begin_ahead()
-            rest = islice(batches, effect.done, None)
-            return self._replica.train_steps(effect.round, rest, self._stop_inner.is_set, on_step, effect.done)
+            return self._trainer.train(effect.round, batches, self._stop_inner, on_step, effect.done)
 
+        trained = Trained(0, 0, float("nan"))
         try:
-            trained = await asyncio.to_thread(train)
+            # Paused before its first step it waits for the owner; later it sends the steps that it has.
+            while not trained.steps and await self._may_train(effect.ahead):
+                self._stop_inner.clear()
+                trained = await asyncio.to_thread(train)
         except ValueError as error:
             return await self._start_again(error)
         self._totals.inner_s += time.monotonic() - began_s
@@ -439,6 +546,7 @@ class Client:
         packet = self._packet
         assert packet is not None and packet.digest == digest, "the machine sends what was made last"
         answer = await self._connection.link.submit(digest, packet.wire)
+        packet.answered = answer.accepted or answer.code not in RESENDABLE
         self._totals.bytes_up += len(packet.wire)
         self._totals.sent_values += packet.values
         log.info("receipt", accepted=answer.accepted, code=answer.code, bytes=len(packet.wire))
@@ -451,6 +559,7 @@ class Client:
         elif effect.accepted:
             self._replica.commit()
             self._totals.accepted += 1
+            self._phases.over(FIRST_ACCEPTED)
         else:
             self._replica.restore()
         self._packet = None
@@ -509,11 +618,15 @@ class Client:
             log.info("state loaded", round=record.round, state_root=root.hex())
         else:
             held = await asyncio.to_thread(replica.outer_state)
-            root = await self._loader.load(record, held, replica.load_outer, replica.apply)
+            root = await self._loader.load(record, held, self._adopt, replica.apply)
         if healing:
             log.info("this replica holds the parameters of the run again and takes part", round=record.round)
         await self._offer_others(record, root, None)
         return Applied(record.round, root)
+
+    def _adopt(self, flat: NDArray[np.float32]) -> bytes:  # f32[N]
+        self._phases.over(DOWNLOAD)
+        return self._replica.load_outer(flat)
 
     async def _offer_others(self, record: RoundRecord, root: bytes, sections: Sequence[bytes] | None) -> None:
         """Offer the parameters that we have now to others, if we serve them."""
@@ -536,30 +649,17 @@ class Client:
     def _finish(self) -> None:
         record, totals, updates = self._machine.record, self._totals, self._updates
         assert record is not None, "a finished run has a last record"
-        wall_s = time.monotonic() - totals.began_s if totals.began_s is not None else 0.0
         flat = self._replica.outer_state()
         root = self._folder.states.save(flat, self.run.layout, {"run": self.run.name, "round": str(record.round)})
         # A finished run needs nothing but its parameters.
         keep.forget(self._folder.replica_path)
-        log.info(
-            "finished",
-            rounds=record.round,
-            applied=totals.rounds,
-            accepted=totals.accepted,
-            tokens=totals.tokens,
-            steps_ahead=totals.steps_ahead,
-            bytes_up=totals.bytes_up,
-            bytes_down=updates.update_bytes + updates.bundle_bytes,
-            update_bytes=updates.update_bytes,
-            bundle_bytes=updates.bundle_bytes,
-            bits_per_value=8 * totals.bytes_up / totals.sent_values if totals.sent_values else None,
-            inner_time_share=totals.inner_s / wall_s if wall_s else None,
-            state_root=root.hex(),
-        )
+        log.info("finished", rounds=record.round, **totals.facts(), **updates.facts(), state_root=root.hex())
 
     async def _leave(self, keeper: asyncio.Task[None]) -> None:
         """Stop training after the current step, close the link and forget the timers."""
-        self._stop_inner.set()
+        self._driving = False
+        self._round_over = True
+        self._stop_training()
         if self._timer is not None:
             self._timer.cancel()
         keeper.cancel()
@@ -570,5 +670,3 @@ class Client:
         if self._server is not None:
             await self._server.close(LEAVE_S / 4)
         self._folder.close()
-        if self._crash is not None:
-            raise self._crash

@@ -419,8 +419,11 @@ class StateLoader:
                 )
                 known = None  # it may share the memory that `adopt` overwrites
                 _demand_root(base, await asyncio.to_thread(adopt, flat))
-                for item in reversed(chain[:back]):
+                began_s = time.monotonic()
+                for done, item in enumerate(reversed(chain[:back]), start=1):
                     _demand_root(item, await asyncio.to_thread(apply, await self._sections(item)))
+                    eta_s = (time.monotonic() - began_s) / done * (back - done)
+                    log.info("replaying", round=item.round, of=record.round, eta_s=round(eta_s, 1))
             except ProtocolError as error:
                 if error.code != Code.NOT_FOUND:
                     raise

@@ -36,6 +36,7 @@ class Telemetry:
 
     `program` marks each event, so that the logs of several programs can be read together. A log file that cannot be
     opened is a UserError; one that fails later (a full disk) is given up with one warning, because training goes on.
+    `listener`, if set, hears the name and the facts of every event before it is written.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Telemetry:
         self._file = None if file is None else LogFile(file)
         self._stdout = (stdout or sys.stdout) if json_stdout else None
         self._lock = threading.Lock()
+        self.listener: Callable[[str, Mapping[str, Any]], None] | None = None
         self.console = _Console(file=stderr or sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def __enter__(self) -> "Telemetry":
@@ -69,15 +71,18 @@ class Telemetry:
         if self._file is not None:
             self._file.close()
 
-    def progress(self, rounds: int, steps_per_round: int) -> "Progress":
-        """A progress display for a run of so many rounds of so many inner steps."""
-        return Progress(self.console, rounds, steps_per_round)
+    def say(self, sentence: str) -> None:
+        """Tell people something that is no event."""
+        with self._lock:
+            self.console.say(printable(sentence))
 
     def _write(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
         """The last processor: it writes the event and tells structlog that nothing is left to do."""
         now = datetime.now(UTC)
         level, name = event.pop("level"), event.pop("event")
         line = json_line(now, self._program, level, name, event)
+        if self.listener is not None:
+            self.listener(name, event)
         with self._lock:
             self.console.say(human_line(now, level, name, event))
             if self._file is not None:

@@ -48,6 +48,14 @@ class Updates:
         self.update_bytes = 0
         self.bundle_bytes = 0
 
+    def facts(self) -> dict[str, int]:
+        """The bytes that came."""
+        return {
+            "bytes_down": self.update_bytes + self.bundle_bytes,
+            "update_bytes": self.update_bytes,
+            "bundle_bytes": self.bundle_bytes,
+        }
+
     def note(self, event: RoundClosed, record: RoundRecord) -> None:
         """Note the bundle that saves bytes, if one does whose packets fit into the memory that an update may need."""
         size_max = bundle_bytes_max(self._run, len(accepted(record.entries)))

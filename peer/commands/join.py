@@ -3,11 +3,21 @@
 import argparse
 import asyncio
 import dataclasses
+import os
+import signal
+import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peer.commands.options import AddParser, add_json, add_plaintext, invite_text, until_stopped
+from peer.commands.options import AddParser, add_json, add_plaintext, invite_text
 from peer.config import PeerConfig, read_config
 from peer.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from peer.client import Client
+    from peer.store import Home
+    from protocol.invite import Invite
 
 
 def add(add_parser: AddParser) -> None:
@@ -19,6 +29,9 @@ def add(add_parser: AddParser) -> None:
     join.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to train")
     join.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="type of the matrix products")
     join.add_argument("--threads", type=int, help="CPU threads for training")
+    join.add_argument(
+        "--micro-batch", type=int, metavar="SEQUENCES", help="how many at a time (default: found by trying)"
+    )
     join.add_argument(
         "--serve", metavar="HOST:PORT", help="offer others the parameters, under this address of this machine"
     )
@@ -34,7 +47,7 @@ def _config(arguments: argparse.Namespace) -> PeerConfig:
     config = read_config(arguments.config) if arguments.config else PeerConfig()
     chosen = {
         name: getattr(arguments, name)
-        for name in ("home", "device", "dtype", "threads", "serve")
+        for name in ("home", "device", "dtype", "threads", "micro_batch", "serve")
         if getattr(arguments, name) is not None
     }
     return dataclasses.replace(config, **chosen)
@@ -44,26 +57,57 @@ def _join(arguments: argparse.Namespace) -> int:
     from peer.store import Home
     from protocol.invite import Invite
 
+    began_s = time.monotonic()
     invite = Invite.from_text(invite_text(arguments.invite))
     config = _config(arguments)
     home = Home(config.home)
-
-    async def program(stop: asyncio.Event) -> None:
-        from peer.client import Client
-
-        client = Client(
-            invite,
-            home,
-            config,
-            telemetry,
-            stop,
-            plaintext=arguments.plaintext_local,
-            patience_s=arguments.patience,
-        )
-        await client.join()
-
     with (
         home.lock(),
         Telemetry("peer", file=home.log_path, json_stdout=arguments.json or config.log_json) as telemetry,
     ):
-        return until_stopped(program)
+        return asyncio.run(_take_part(invite, home, config, telemetry, arguments, began_s))
+
+
+async def _take_part(
+    invite: "Invite",
+    home: "Home",
+    config: PeerConfig,
+    telemetry: Telemetry,
+    arguments: argparse.Namespace,
+    began_s: float,
+) -> int:
+    """Be a peer until the run ends or Ctrl+C: the first one publishes what is done, the second ends it at once."""
+    stop, asked, clients = asyncio.Event(), list[int](), list["Client"]()
+
+    def ask(number: int) -> None:
+        if asked:
+            telemetry.console.show_cursor()
+            os._exit(128 + number)
+        asked.append(number)
+        telemetry.say("leaving; Ctrl+C again leaves at once")
+        if clients:
+            clients[0].finish(INTERRUPT_S)
+        else:
+            stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, ask, number)
+    from peer.client import INTERRUPT_S, Client
+
+    client = Client(
+        invite,
+        home,
+        config,
+        telemetry,
+        stop,
+        plaintext=arguments.plaintext_local,
+        patience_s=arguments.patience,
+        began_s=began_s,
+    )
+    clients.append(client)
+    await client.join()
+    if stop.is_set():
+        # A step or a build under way in a thread would hold the process up until it ends; nobody wants its result.
+        sys.stdout.flush()
+        os._exit(0)
+    return 0
