@@ -89,7 +89,7 @@ chaos: $(DEV)
 
 # mkdocs' own notice about its future is not about this site.
 docs: $(DEV)
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 # The mapping makes the generated code a part of the package peer.net.pb; tests/test_generated.py does the same.
 proto: $(DEV)
