@@ -100,11 +100,11 @@ class Controls:
     """Decides whether a peer may train. `hold` says why it may not, `limits` are those in force."""
 
     def __init__(self, home: Home, limits: Limits, traffic: Traffic, changed: Callable[[], None]) -> None:
-        """`changed` hears when `hold`, `limits` or `finish` have changed."""
+        """`changed` hears when `hold`, `limits` or `finish` have changed; `life` names this life of the peer."""
         self._home, self._base, self._traffic, self._changed = home.path, limits, traffic, changed
         self._wish = read_wish(self._home)
         self._seen = self._stamp()
-        self._life = secrets.token_hex(8)
+        self.life = secrets.token_hex(8)
         self._day = _Day(self._home / "traffic.json", traffic)
         self._machine = _Machine(self._home)
         self._told: State | None = None
@@ -119,6 +119,7 @@ class Controls:
     async def watch(self) -> None:
         """Look at wishes and machine for as long as the peer runs."""
         sensed_s = float("-inf")
+        self._decide(news=False)
         try:
             while True:
                 news = self._read()
@@ -126,7 +127,7 @@ class Controls:
                     sensed_s = time.monotonic()
                     self._sensed = await asyncio.to_thread(self._machine.objection, self.limits, self.device)
                     self._day.note()
-                self._decide(news)
+                self._decide(news=news)
                 await asyncio.sleep(TICK_S)
         finally:
             self._day.note()
@@ -148,7 +149,7 @@ class Controls:
             log.warning("control", why=error.message)
             return False
         self.limits = Limits.of(self._wish.limits, self._base)
-        self.finish = self.finish or self._wish.finish == self._life
+        self.finish = self.finish or self._wish.finish == self.life
         self._apply()
         log.info("control", paused=self._wish.paused, limits=self.limits.in_force(), finish=self.finish)
         return True
@@ -162,7 +163,7 @@ class Controls:
             return status.st_ino, status.st_mtime_ns
         return None
 
-    def _decide(self, news: bool) -> None:
+    def _decide(self, *, news: bool) -> None:
         before, self.hold = self.hold, self._objection()
         if self.hold != before:
             if self.hold is not None:
@@ -187,7 +188,7 @@ class Controls:
 
     def _tell(self) -> None:
         state, why = ("paused", self.hold.why) if self.hold is not None else (self._activity, "")
-        told = State(self._life, self._wish.token, state, why, self.limits.in_force())
+        told = State(self.life, self._wish.token, state, why, self.limits.in_force())
         if told != self._told:
             self._told = told
             with suppress(UserError):  # the answer is a courtesy: a full disk is told elsewhere

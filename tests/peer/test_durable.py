@@ -248,7 +248,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
 
 def run_two(folder: Path, run: Path, *start: str) -> subprocess.CompletedProcess[str]:
     """Let peer "two" live until it ends by itself; `start` is what Python runs."""
-    taste = ("--threads", "1", "--dtype", "float32", "--device", "cpu", "--json")
+    taste = ("--threads", "1", "--dtype", "float32", "--device", "cpu", "--micro-batch", "4", "--json")
     return subprocess.run(
         [sys.executable, *start, "join", str(run / "invite.txt"), "--home", str(folder / "two"), *taste],
         capture_output=True,
@@ -308,7 +308,10 @@ def test_peers_stopped_at_random_moments_make_the_packets_that_they_would_have_m
             if draw.random() < 0.5:
                 peers[name].kill()
             else:
-                os.killpg(peers[name].process.pid, signal.SIGINT)
+                # The first Ctrl+C would send what is done so far; the second leaves at once.
+                for _ in range(2):
+                    os.killpg(peers[name].process.pid, signal.SIGINT)
+                    time.sleep(0.05)
                 peers[name].wait_end(15)
             peers[name] = swarm.peer(name)
         finish(list(peers.values()), aggregator, PATIENT_ROUNDS)
