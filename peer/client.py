@@ -559,7 +559,8 @@ class Client:
         elif effect.accepted:
             self._replica.commit()
             self._totals.accepted += 1
-            self._phases.over(FIRST_ACCEPTED)
+            if self._phases.current == FIRST_ACCEPTED:  # and not a packet of an earlier life
+                self._phases.over(FIRST_ACCEPTED)
         else:
             self._replica.restore()
         self._packet = None
