@@ -229,20 +229,17 @@ class Client:
         if not self._driving:
             self._stop.set()
         elif first:
-            waits = self._unfinished()
-            if waits:
-                self._telemetry.say(f"finishing: {waits}; then this peer leaves, after at most {patience_s:g} s")
-            log.info("finishing", waits_for=waits, at_most_s=patience_s)
+            log.info("finishing", before_leaving=self._unfinished() or "nothing", at_most_s=patience_s)
             self._stop_training()
             self._post(Tick())
 
     def _unfinished(self) -> str:
         """What is still to be done before this peer may leave; "" when nothing is."""
-        for effect in self._jobs.values():
-            if isinstance(effect, TrainInner | MakePacket | Send):
-                return f"{_ACTIVITIES[type(effect)]} is to end"
-        waits = self._packet is not None and not self._packet.answered and self._connection.stands
-        return "the packet is to be sent" if waits else ""
+        if any(isinstance(effect, TrainInner) for effect in self._jobs.values()):
+            return "the inner step under way ends, and the packet is sent"
+        unsent = self._packet is not None and not self._packet.answered and self._connection.stands
+        busy = any(isinstance(effect, MakePacket | Send) for effect in self._jobs.values())
+        return "the packet is sent" if busy or unsent else ""
 
     def _wishes_changed(self) -> None:
         """Act on what the owner or the machine itself lets this peer do now."""
@@ -658,8 +655,8 @@ class Client:
 
     async def _leave(self, keeper: asyncio.Task[None]) -> None:
         """Stop training after the current step, close the link and forget the timers."""
-        self._driving = False
-        self._round_over = True
+        self._driving, self._round_over = False, True
+        self._say("leaving")
         self._stop_training()
         if self._timer is not None:
             self._timer.cancel()

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.live import Live
 from rich.text import Text
 
@@ -80,10 +81,8 @@ class View:
         """Take an event of the log in."""
         match name:
             case "receipt":
-                self._accepted, self._refused = (
-                    self._accepted + bool(facts["accepted"]),
-                    self._refused + (not facts["accepted"]),
-                )
+                self._accepted += bool(facts["accepted"])
+                self._refused += not facts["accepted"]
             case "round":
                 self._contributors = facts["contributors"]
             case "paused":
@@ -91,8 +90,8 @@ class View:
             case "resumed":
                 self._paused = ""
             case "downloading":
-                share = f"{facts['bytes'] / 1e6:,.0f} of {facts['of'] / 1e6:,.0f} MB"
-                self._detail = f"{share}, {facts['bytes_per_s'] / 1e6:.1f} MB/s, ETA {duration(facts['eta_s'])}"
+                share = f"{decimal(facts['bytes'])} of {decimal(facts['of'])}"
+                self._detail = f"{share}, {decimal(facts['bytes_per_s'])}/s, ETA {duration(facts['eta_s'])}"
             case "replaying":
                 self._detail = f"round {facts['round']} of {facts['of']}, ETA {duration(facts['eta_s'])}"
 
@@ -120,8 +119,8 @@ class View:
         receipts = f"{self._accepted} accepted" + (f", {self._refused} not" if self._refused else "")
         peers = "-" if self._contributors is None else str(self._contributors)
         heat = "" if self._degrees is None else f"  {self._degrees:.0f} °C"
-        up, down = self._traffic.up.total / 1e6, self._traffic.down.total / 1e6
-        lines.append(f"my packets {receipts}  peers {peers}  up {up:,.1f} MB  down {down:,.1f} MB{heat}")
+        up, down = decimal(self._traffic.up.total), decimal(self._traffic.down.total)
+        lines.append(f"my packets {receipts}  peers {peers}  up {up}  down {down}{heat}")
         return lines
 
     def _render(self) -> Text:

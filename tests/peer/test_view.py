@@ -14,19 +14,19 @@ from peer.telemetry import Telemetry
 from peer.view import View
 
 
-def new_view(out: io.StringIO, *, terminal: bool) -> View:
+def new_view(out: io.StringIO, traffic: Traffic, *, terminal: bool) -> View:
     times = iter(range(1000))
     console = Console(file=out, force_terminal=terminal, width=100, height=20, markup=False, soft_wrap=True)
-    return View(console, Phases(time.monotonic(), lambda _: None), Traffic(), clock=lambda: float(next(times)))
+    return View(console, Phases(time.monotonic(), lambda _: None), traffic, clock=lambda: float(next(times)))
 
 
 def test_a_terminal_shows_all_that_a_volunteer_asks() -> None:
-    out = io.StringIO()
-    with new_view(out, terminal=True) as view:
+    out, traffic = io.StringIO(), Traffic()
+    with new_view(out, traffic, terminal=True) as view:
         assert view.lines()[0] == "sparseloco-peer: starting  [find]"
         view.say("fetching the parameters")
         view.heard("downloading", {"bytes": 5_000_000, "of": 20_000_000, "bytes_per_s": 1_500_000, "eta_s": 10})
-        assert view.lines()[0].endswith("fetching the parameters  [find]  5 of 20 MB, 1.5 MB/s, ETA 0:10")
+        assert view.lines()[0].endswith("fetching the parameters  [find]  5.0 MB of 20.0 MB, 1.5 MB/s, ETA 0:10")
         view.begin("tiny", 10, 4)
         view.opened(60.0)
         view.say("training")
@@ -34,13 +34,14 @@ def test_a_terminal_shows_all_that_a_volunteer_asks() -> None:
         view.report(round=3, step=2, tokens=500, loss=2.25)
         for accepted in (True, True, False):
             view.heard("receipt", {"accepted": accepted, "code": 0})
+        traffic.up.total = 4_200
         view.heard("round", {"contributors": 7})
         view.heard("something else", {})
         first, place, facts, mine = view.lines()
         assert first == "tiny: training  [find]"
         assert place.startswith("round 3/10  step 2/4  ━━━━━━╌") and "25%  closes within 0:5" in place
         assert "tokens/s  loss 2.250  ETA" in facts
-        assert mine == "my packets 2 accepted, 1 not  peers 7  up 0.0 MB  down 0.0 MB"
+        assert mine == "my packets 2 accepted, 1 not  peers 7  up 4.2 kB  down 0 bytes"
         view.heard("paused", {"why": "while game runs"})
         assert view.lines()[0].startswith("tiny: paused while game runs")
         view.heard("resumed", {})
@@ -50,7 +51,7 @@ def test_a_terminal_shows_all_that_a_volunteer_asks() -> None:
 
 def test_elsewhere_there_are_plain_lines() -> None:
     out = io.StringIO()
-    with new_view(out, terminal=False) as view:
+    with new_view(out, Traffic(), terminal=False) as view:
         view.begin("tiny", 10, 4)
         view.report(round=3, step=1, tokens=500, loss=2.5)
         view.report(round=3, step=2, tokens=500, loss=2.5)
