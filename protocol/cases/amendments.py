@@ -92,11 +92,22 @@ def good_rows() -> Iterator[Row]:
     """One of every action, and the bounds."""
     yield "settings", "Another learning rate.", asked(RATES), None
     everything = {
-        "inner.steps": 5, "inner.overlap": True, "inner.schedule": "constant", "inner.weight_decay": 0.0,
-        "compression.k": 4096, "compression.code_bits": 1, "compression.beta": 1.0, "outer.rule": "mean",
-        "outer.alpha": 2**-16, "outer.rounds": 100_000_000, "rounds.quorum": 1024, "rounds.deadline_s": 604800.0,
-        "inner.adam_eps": 1e-12, "inner.grad_clip_norm": 1e6, "inner.min_lr_ratio": -0.0,
-    }  # fmt: skip
+        "inner.steps": 5,
+        "inner.overlap": True,
+        "inner.schedule": "constant",
+        "inner.weight_decay": 0.0,
+        "compression.k": 4096,
+        "compression.code_bits": 1,
+        "compression.beta": 1.0,
+        "outer.rule": "mean",
+        "outer.alpha": 2**-16,
+        "outer.rounds": 100_000_000,
+        "rounds.quorum": 1024,
+        "rounds.deadline_s": 604800.0,
+        "inner.adam_eps": 1e-12,
+        "inner.grad_clip_norm": 1e6,
+        "inner.min_lr_ratio": -0.0,
+    }
     yield "many", "All kinds of values, at their bounds.", asked(RATES.but(changes=everything)), None
     yield "pause", "Nothing opens.", asked(PAUSE), None
     yield "resume", "By itself it need not follow a pause.", asked(amend(None, 2, "resume")), None
@@ -158,15 +169,14 @@ def envelope_rows() -> Iterator[Row]:
     yield "meaning-first", "The json is checked before the run.", asked(meaning), Code.BAD_AMENDMENT
 
 
-def meaning_rows() -> Iterator[Row]:
+Wrong = dict[str, tuple[str, Amendment]]
+
+
+def form_rows() -> Iterator[Row]:
     """Texts that say nothing, or not in the one way. All are signed as they stand."""
     text = RATES.canonical
-
-    def changed(key: str, value: Any) -> Amendment:
-        return RATES.but(changes={key: value})
-
     huge = Amendment(text=text.replace(b'"round":2', b'"round":' + b"9" * 10_000))
-    wrong: dict[str, tuple[str, Amendment]] = {
+    wrong: Wrong = {
         "no-json": ("It is cut.", Amendment(text=text[:-1])),
         "list": ("It is an object.", Amendment(text=b"[]")),
         "null": ("It is an object.", Amendment(text=b"null")),
@@ -198,13 +208,23 @@ def meaning_rows() -> Iterator[Row]:
         "run-short": ("A digest has 64 digits.", RATES.but(run_id=RUN.run_id.hex()[:-2])),
         "previous-blank": ("A digest has no blanks.", RATES.but(previous=" " * 2 + "00" * 31)),
         "previous-number": ("A digest is a text.", RATES.but(previous=0)),
+    }
+    for name, (why, amendment) in wrong.items():
+        yield name, why, asked(amendment), Code.BAD_AMENDMENT
+
+
+def settings_rows() -> Iterator[Row]:
+    """Settings that do not exist, cannot change, or not to this value."""
+    text = RATES.canonical
+
+    def changed(key: str, value: Any) -> Amendment:
+        return RATES.but(changes={key: value})
+
+    wrong: Wrong = {
         "changes-none": ("It changes something.", RATES.but(changes={})),
         "changes-list": ("Changes are an object.", RATES.but(changes=[["inner.steps", 5]])),
         "changes-null": ("Changes are an object.", RATES.but(changes=None)),
         "changes-missing": ("It says what changes.", RATES.without("changes")),
-        "changes-of-pause": ("A pause changes no settings.", PAUSE.but(changes=RATE)),
-        "peer-of-rollback": ("A rollback concerns no peer.", BACK.but(peer="00" * 32)),
-        "to-round-of-ban": ("A ban goes nowhere.", BAN.but(to_round=0)),
         "unknown-setting": ("No such setting.", changed("inner.learningrate", 0.1)),
         "unknown-table": ("No such table.", changed("optimizer.steps", 5)),
         "no-table": ("A setting has its table's name before it.", changed("steps", 5)),
@@ -229,6 +249,17 @@ def meaning_rows() -> Iterator[Row]:
         "value-exponent": ("In the one form.", Amendment(text=text.replace(b"0.001", b"1e-3"))),
         "value-nan": ("NaN is no number.", Amendment(text=text.replace(b"0.001", b"NaN"))),
         "value-infinite": ("Nor is infinity.", Amendment(text=text.replace(b"0.001", b"1e999"))),
+    }
+    for name, (why, amendment) in wrong.items():
+        yield name, why, asked(amendment), Code.BAD_AMENDMENT
+
+
+def own_rows() -> Iterator[Row]:
+    """What belongs to the other actions."""
+    wrong: Wrong = {
+        "changes-of-pause": ("A pause changes no settings.", PAUSE.but(changes=RATE)),
+        "peer-of-rollback": ("A rollback concerns no peer.", BACK.but(peer="00" * 32)),
+        "to-round-of-ban": ("A ban goes nowhere.", BAN.but(to_round=0)),
         "back-to-itself": ("A rollback goes back.", BACK.but(to_round=2)),
         "back-to-later": ("A rollback goes back.", BACK.but(to_round=3)),
         "back-negative": ("Nothing is before the genesis.", BACK.but(to_round=-1)),
@@ -238,7 +269,7 @@ def meaning_rows() -> Iterator[Row]:
         "ban-upper": ("Keys are lower case.", BAN.but(peer="AB" * 32)),
         "ban-short": ("A key has 32 bytes.", BAN.but(peer="ab" * 31)),
         "unban-number": ("A key is a text.", BAN.but(action="unban", peer=7)),
-    }  # fmt: skip
+    }
     for name, (why, amendment) in wrong.items():
         yield name, why, asked(amendment), Code.BAD_AMENDMENT
 
@@ -380,7 +411,8 @@ def broken_rows() -> Iterator[Row]:
             brought(
                 chained(HALT),
                 chained(HALT, GO_ON, (3, "rollback", {"to_round": 1}))[1:],
-                record=ROLLBACK, round=3,
+                record=ROLLBACK,
+                round=3,
             ),
         ),
         "settings-while-paused": (
@@ -392,8 +424,6 @@ def broken_rows() -> Iterator[Row]:
         "resumed-twice": ("No pause stands any more.", brought((), chained(HALT, GO_ON, GO_ON))),
         "resumed-later": ("A resume names the round of the pause.", brought((), chained(HALT, (4, "resume", {})))),
         "resumed-earlier": ("A resume names the round of the pause.", brought((), chained(HALT, (2, "resume", {})))),
-        "paused-round": ("No round closes while it is held shut.", brought((PAUSE,), (), round=2)),
-        "paused-later-round": ("Nor does a later one.", brought((PAUSE,), (), round=9)),
         "paused-settings": ("Only a resume ends a pause.", brought((PAUSE,), (paused_late,), round=2)),
         "times": ("Times are in order.", brought((), chained(settings(2, times)))),
         "times-later": (
@@ -404,11 +434,21 @@ def broken_rows() -> Iterator[Row]:
             "In every round, also in one before a mending one.",
             brought((), chained(settings(9, wide), settings(5, high))),
         ),
+    }
+    for name, (why, fields) in wrong.items():
+        yield name, why, fields, Code.BAD_AMENDMENT
+
+
+def kept_rows() -> Iterator[Row]:
+    """Records that do not keep to amendments which are in order."""
+    wrong: dict[str, tuple[str, Fields]] = {
+        "paused-round": ("No round closes while it is held shut.", brought((PAUSE,), (), round=2)),
+        "paused-later-round": ("Nor does a later one.", brought((PAUSE,), (), round=9)),
         "rollback-unordered": ("Nobody ordered a rollback.", brought((), (), record=ROLLBACK)),
         "rollback-other-round": ("Not in this round.", brought((BACK,), (), record=ROLLBACK, round=3)),
         "rollback-missing": ("The round was to be a rollback.", brought((BACK,), (), record=NULL, round=2)),
         "rollback-applied": ("The round was to be a rollback.", brought((BACK,), (), record=APPLIED, round=2)),
-    }  # fmt: skip
+    }
     for name, (why, fields) in wrong.items():
         yield name, why, fields, Code.BAD_AMENDMENT
     yield "banned", "Its packet was accepted all the same.", brought((BAN,), (), (), APPLIED, round=2), Code.BANNED
@@ -455,8 +495,11 @@ def vectors() -> Iterator[Vector]:
     """All vectors of the file."""
     yield from table("amendment", "check amendment", good_rows())
     yield from table("amendment-envelope", "check amendment", envelope_rows())
-    yield from table("amendment-meaning", "check amendment", meaning_rows())
+    yield from table("amendment-form", "check amendment", form_rows())
+    yield from table("amendment-settings", "check amendment", settings_rows())
+    yield from table("amendment-own", "check amendment", own_rows())
     yield from table("amendments", "check amendments", chain_rows())
     yield from table("amendments-action", "check amendments", action_rows())
     yield from table("amendments-broken", "check amendments", broken_rows())
+    yield from table("amendments-kept", "check amendments", kept_rows())
     yield from table("rollback", "check rollback", rollback_rows())

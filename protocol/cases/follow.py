@@ -21,6 +21,13 @@ BRANCH_1 = replace(WITHOUT, epoch=1)
 BRANCH_2 = replace(BRANCH_1, round=2, previous=BRANCH_1.digest, state_root=STATE_3)
 
 
+# Amendments that the first two records bring in.
+SLOWER = amend(None, 2, "settings", changes={"inner.steps": 2, "outer.rounds": 3})
+LONGER = amend(SLOWER, 3, "settings", changes={"inner.steps": 9})
+AMENDED_1 = replace(ONE, amendment=SLOWER.digest)
+AMENDED_2 = replace(TWO, previous=AMENDED_1.digest, amendment=LONGER.digest)
+
+
 def told(
     *events: Record | dict[str, Any],
     held: Record = GENESIS,
@@ -182,34 +189,38 @@ def opened_rows() -> Iterator[Row]:
 
 def amended_rows() -> Iterator[Row]:
     """Amendments that records bring in."""
-    slower = amend(None, 2, "settings", changes={"inner.steps": 2, "outer.rounds": 3})
-    longer = amend(slower, 3, "settings", changes={"inner.steps": 9})
-    one = replace(ONE, amendment=slower.digest)
-    two = replace(TWO, previous=one.digest, amendment=longer.digest)
+    slower, longer, one, two = SLOWER, LONGER, AMENDED_1, AMENDED_2
     both = (slower, longer)
-
-    def at(round: int, root: bytes) -> dict[str, Any]:
-        return opened(round, root, 2**32 - 1)
 
     yield (
         "steps",
         "The settings of each round.",
-        told(at(1, BASE), one, at(2, STATE_1), two, at(3, STATE_1), amendments=both),
+        told(opened(1, BASE, 99), one, opened(2, STATE_1, 99), two, opened(3, STATE_1, 99), amendments=both),
         None,
     )
     third = replace(THREE, previous=two.digest, amendment=longer.digest)
-    yield "fewer-rounds", "The run is over sooner.", told(one, two, third, at(4, STATE_3), amendments=both), None
-    yield "held", "It begins at an amended record.", told(at(3, STATE_1), held=two, amendments=both), None
+    yield (
+        "fewer-rounds",
+        "The run is over sooner.",
+        told(one, two, third, opened(4, STATE_3, 99), amendments=both),
+        None,
+    )
+    yield "held", "It begins at an amended record.", told(opened(3, STATE_1, 99), held=two, amendments=both), None
     late = replace(APPLIED, round=9, amendment=longer.digest, previous=noise("unknown", 32))
     yield (
         "held-late",
         "It begins when the amendments are long in force.",
-        told(at(10, STATE_1), held=late, amendments=both),
+        told(opened(10, STATE_1, 99), held=late, amendments=both),
         None,
     )
     why = "Without the amendment that it names a record is not followed; it may be there later."
-    yield "missing", why, told(one, at(2, STATE_1)), None
-    yield "missing-first", "Each of them has to be there.", told(one, two, at(3, STATE_1), amendments=(longer,)), None
+    yield "missing", why, told(one, opened(2, STATE_1, 99)), None
+    yield (
+        "missing-first",
+        "Each of them has to be there.",
+        told(one, two, opened(3, STATE_1, 99), amendments=(longer,)),
+        None,
+    )
     why = "Nothing is settled by a record that breaks a rule of its amendments."
     early = amend(None, 1, "settings", changes={"inner.steps": 2})
     yield "too-late", why, told(replace(ONE, amendment=early.digest), packets={1: MINE}, amendments=(early,)), None
@@ -233,15 +244,31 @@ def amended_rows() -> Iterator[Row]:
         told(one, replace(TWO, previous=one.digest), amendments=both),
         None,
     )
+
+
+def branch_amended_rows() -> Iterator[Row]:
+    """Chains that do not go on, and those of other branches."""
+    slower, one = SLOWER, AMENDED_1
+    both = (slower, LONGER)
     other = amend(None, 4, "settings", changes={"inner.steps": 7})
     swapped = replace(TWO, previous=one.digest, amendment=other.digest)
     yield "swapped", "Nor does it put another in its place.", told(one, swapped, amendments=(slower, other)), None
     branch = replace(BRANCH_1, amendment=other.digest)
     why = "Another branch may know other amendments."
-    yield "branch", why, told(one, branch, at(2, STATE_2), amendments=(slower, other)), None
+    yield "branch", why, told(one, branch, opened(2, STATE_2, 99), amendments=(slower, other)), None
     plain = replace(BRANCH_1, amendment=bytes(32))
-    yield "branch-without", "Another branch may know none.", told(one, plain, at(2, STATE_2), amendments=both), None
+    yield (
+        "branch-without",
+        "Another branch may know none.",
+        told(one, plain, opened(2, STATE_2, 99), amendments=both),
+        None,
+    )
     yield "branch-missing", "A branch whose amendments are not there.", told(one, branch, amendments=both), None
+
+
+def action_rows() -> Iterator[Row]:
+    """Pauses, rollbacks and bans."""
+    slower, one, two = SLOWER, AMENDED_1, AMENDED_2
     pause = amend(slower, 3, "pause")
     resume = amend(pause, 3, "resume")
     held_shut = replace(two, amendment=pause.digest)
@@ -306,3 +333,5 @@ def vectors() -> Iterator[Vector]:
     yield from table("refused", "follow", refused_rows())
     yield from table("opened", "follow", opened_rows())
     yield from table("amended", "follow", amended_rows())
+    yield from table("amended-branch", "follow", branch_amended_rows())
+    yield from table("amended-action", "follow", action_rows())
