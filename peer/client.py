@@ -161,9 +161,9 @@ class Client:
         try:
             with self._view:
                 await self._unless_stopped(self._allowance())
-                finder = await self._unless_stopped(Finder.open(self._invite, self._home))
-                if finder is not None:
-                    await self._join(finder)
+                if not self._stop.is_set():
+                    # Not given up half-way, lest the directory's daemon stays behind.
+                    await self._join(await Finder.open(self._invite, self._home))
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
@@ -246,7 +246,10 @@ class Client:
         hold = self._controls.hold
         if self._driving:
             self._trainer.share = self._controls.limits.share
-            self._connection.go_offline(hold is not None and hold.offline)
+            offline = hold is not None and hold.offline
+            self._connection.go_offline(offline)
+            if self._donor is not None:
+                self._donor.resting = offline
             if hold is None:
                 self._connection.observe(False)
             else:
@@ -342,7 +345,13 @@ class Client:
         """Offer others what they need to join, under the address of our settings."""
         self._donor = Donor(signed, self._folder.path / "offered")
         self._server, self._certificate_sha256 = await serve_others(
-            self._donor, self._config.serve, self.run.run_id, self._key, self._home.path, plaintext=self._plaintext
+            self._donor,
+            self._config.serve,
+            self.run.run_id,
+            self._key,
+            self._home.path,
+            plaintext=self._plaintext,
+            traffic=self._traffic,
         )
 
     def _resume(self) -> ReplicaRound:

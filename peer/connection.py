@@ -143,7 +143,7 @@ class Connection:
     async def _follow(self, link: Link, listener: Listener) -> str:
         """Hear the link out; why it ended. Raises LinkError or ProtocolError."""
         listener.connected(link.head_record)
-        while True:
+        while not self._renew:
             self._changed.clear()
             hearing = asyncio.create_task(self._hear(link, listener, observing=self._observing))
             changed = asyncio.create_task(self._changed.wait())
@@ -156,8 +156,7 @@ class Connection:
             if not hearing.cancelled():
                 hearing.result()
                 return "the aggregator ended the connection"
-            if self._renew:
-                return self._renew
+        return self._renew
 
     async def _hear(self, link: Link, listener: Listener, *, observing: bool) -> None:
         async with aclosing(link.observe() if observing else link.watch()) as events:

@@ -31,6 +31,7 @@ from peer.net.messages import (
 )
 from peer.net.pb import swarm_pb2 as pb
 from peer.net.sessions import ServiceLimits, Session, SessionEndedError, Sessions, first_of, source_of
+from peer.net.throttle import Traffic
 from peer.net.tls import TlsIdentity, is_loopback
 from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey, verify
@@ -125,8 +126,10 @@ class _Service:
         certificate_sha256: bytes,
         spool: Path,
         limits: ServiceLimits,
+        traffic: Traffic,
     ) -> None:
         self._handler = handler
+        self._traffic = traffic
         self._key = key
         self._run_id = run_id
         self._certificate_sha256 = certificate_sha256
@@ -376,6 +379,7 @@ class _Service:
             data = chunk if isinstance(chunk, bytes) else await chunk
             if not data and offset < size:
                 raise ProtocolError(Code.NOT_FOUND, "the blob was removed meanwhile")
+            await self._traffic.up.take(len(data))
             await self._write(context, pb.BlobFrame(size=size if first else 0, data=data))
             offset += len(data)
             first = False
@@ -490,16 +494,19 @@ async def serve(
     tls: TlsIdentity | None,
     spool: Path,
     limits: ServiceLimits = _DEFAULT_LIMITS,
+    traffic: Traffic | None = None,
 ) -> Server:
     """Listen and serve until the returned Server is closed. Port 0 takes a free one.
 
-    `spool` is a folder for packets that are still arriving. Raises ValueError for plaintext on an address that other
-    machines can reach, and OSError when the address cannot be had.
+    `spool` is a folder for packets that are still arriving; `traffic` counts and caps what others fetch. Raises
+    ValueError for plaintext on an address that other machines can reach, and OSError when the address cannot be had.
     """
     if tls is None and not is_loopback(host):
         raise ValueError(f"plaintext is for this machine only, and {host} is open to others: use TLS")
     await asyncio.to_thread(_empty, spool)
-    service = _Service(handler, key, run_id, tls.fingerprint if tls else NO_CERTIFICATE, spool, limits)
+    service = _Service(
+        handler, key, run_id, tls.fingerprint if tls else NO_CERTIFICATE, spool, limits, traffic or Traffic()
+    )
     server = grpc.aio.server(
         options=_options(limits),
         # Beyond this calls are refused at once, so that a flood of them holds no memory.

@@ -11,6 +11,7 @@ from typing import Any
 from peer.net.link import Link
 from peer.net.messages import Amended, ReceiptMsg, RoundOpened, WatchEvent
 from peer.net.service import Server, ServiceLimits, serve
+from peer.net.throttle import Traffic
 from peer.net.tls import TlsIdentity, make_tls_identity
 from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey
@@ -81,7 +82,11 @@ class House:
 
 @asynccontextmanager
 async def serving(
-    house: House, spool: Path, limits: ServiceLimits | None = None, tls: TlsIdentity | None = TLS
+    house: House,
+    spool: Path,
+    limits: ServiceLimits | None = None,
+    tls: TlsIdentity | None = TLS,
+    traffic: Traffic | None = None,
 ) -> AsyncIterator[Server]:
     server = await serve(
         house,
@@ -92,6 +97,7 @@ async def serving(
         tls=tls,
         spool=spool,
         limits=limits or ServiceLimits(),
+        traffic=traffic,
     )
     try:
         yield server

@@ -27,6 +27,17 @@ async def test_all_who_share_a_bucket_share_its_speed() -> None:
     assert bucket.total == 30_000
 
 
+async def test_what_others_fetch_counts_and_is_capped_too(tmp_path: Path) -> None:
+    traffic = Traffic()
+    traffic.cap(16.0, 0.0)
+    house = House(blobs={("update", DIGEST): BLOB})
+    async with serving(house, tmp_path, traffic=traffic) as server, await join(server.port) as link:
+        began_s = time.monotonic()
+        assert await link.fetch("update", DIGEST, size_max=len(BLOB)) == BLOB
+        assert time.monotonic() - began_s >= len(BLOB) / (16 * BYTES_PER_MBIT)
+    assert (traffic.up.total, link.traffic.down.total) == (len(BLOB), len(BLOB))
+
+
 async def test_without_a_cap_nothing_waits() -> None:
     bucket = Bucket()
     with pytest.raises(StopIteration):

@@ -308,10 +308,10 @@ def test_peers_stopped_at_random_moments_make_the_packets_that_they_would_have_m
             if draw.random() < 0.5:
                 peers[name].kill()
             else:
-                # The first Ctrl+C would send what is done so far; the second leaves at once.
-                for _ in range(2):
-                    os.killpg(peers[name].process.pid, signal.SIGINT)
-                    time.sleep(0.05)
+                # The first Ctrl+C would send what is done so far; with the second it leaves at once. Two signals of one
+                # kind may arrive as one.
+                for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+                    os.killpg(peers[name].process.pid, number)
                 peers[name].wait_end(15)
             peers[name] = swarm.peer(name)
         finish(list(peers.values()), aggregator, PATIENT_ROUNDS)
