@@ -337,6 +337,7 @@ class Client:
             await self._serve(signed)
         made = await asyncio.to_thread(equip, self.run, self._home, self._config, self._key.public)
         self._data, self._replica = made.data, made.replica
+        self._controls.device = self._replica.device.type
         self._trainer = Trainer(self._replica)
         self._machine = await asyncio.to_thread(self._resume)
         self._view.begin(self.run.name, self.run.outer.rounds, self.run.inner.steps)
@@ -507,6 +508,8 @@ class Client:
         def train() -> Trained:
             if effect.ahead:
                 self._replica.begin_ahead()
+            elif not effect.done:
+                self._replica.abandon()  # steps ahead that no longer count, after an amendment or a rollback
             return self._trainer.train(effect.round, batches, self._stop_inner, on_step, effect.done)
 
         trained = Trained(0, 0, float("nan"))

@@ -106,7 +106,7 @@ class Controls:
         self._seen = self._stamp()
         self.life = secrets.token_hex(8)
         self._day = _Day(self._home / "traffic.json", traffic)
-        self._machine = _Machine(self._home)
+        self._machine = Machine(self._home)
         self._told: State | None = None
         self.limits = Limits.of(self._wish.limits, limits)
         self.hold: Hold | None = None
@@ -204,7 +204,7 @@ class _Day:
         with suppress(OSError, ValueError, KeyError, TypeError):
             known = json.loads(path.read_bytes())
             self._date, self._earlier = str(known["date"]), int(known["bytes"])
-        self._base = traffic.total
+        self._base, self._noted = traffic.total, -1
 
     @property
     def bytes(self) -> int:
@@ -212,10 +212,12 @@ class _Day:
         return self._earlier + self._traffic.total - self._base
 
     def note(self) -> None:
-        """Keep the count; it is worth no wait for the disk."""
+        """Keep the count where it has changed; it is worth no wait for the disk."""
         count = self.bytes
-        with suppress(UserError):
-            _write(self._path, {"date": self._date, "bytes": count})
+        if count != self._noted:
+            self._noted = count
+            with suppress(UserError):
+                _write(self._path, {"date": self._date, "bytes": count})
 
     def _turn(self) -> None:
         today = datetime.now().astimezone().date().isoformat()
@@ -223,7 +225,7 @@ class _Day:
             self._date, self._earlier, self._base = today, 0, self._traffic.total
 
 
-class _Machine:
+class Machine:
     """What speaks against training on this machine at the moment. Blocks for some milliseconds."""
 
     def __init__(self, home: Path) -> None:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 _ASK_S = 3.0  # no small program takes longer, unless the machine hangs
 _CPU_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
+SYS = Path("/sys/class")
+PROC = Path("/proc")
+DEV = Path("/dev")
 BUSY_SHARE = 0.25  # of the processors; when others take more, the machine is in use
 
 
@@ -28,8 +31,8 @@ def _gpu_temperature() -> float | None:
 
 
 def _cpu_temperature() -> float | None:
-    zones = Path("/sys/class/thermal").glob("thermal_zone*/temp")
-    chips = (chip for chip in Path("/sys/class/hwmon").glob("hwmon*") if _read(chip / "name") in _CPU_SENSORS)
+    zones = (SYS / "thermal").glob("thermal_zone*/temp")
+    chips = (chip for chip in (SYS / "hwmon").glob("hwmon*") if _read(chip / "name") in _CPU_SENSORS)
     found = [_read(path) for path in [*zones, *(path for chip in chips for path in chip.glob("temp*_input"))]]
     degrees = [int(text) / 1000 for text in found if text.lstrip("-").isdecimal()]
     return max((value for value in degrees if 0 < value < 150), default=None)
@@ -40,7 +43,7 @@ def on_mains() -> bool | None:
     if sys.platform == "darwin":
         asked = _ask("pmset", "-g", "batt")
         return "Battery Power" not in asked if asked else None
-    supplies = list(Path("/sys/class/power_supply").glob("*"))
+    supplies = list((SYS / "power_supply").glob("*"))
     mains = [_read(supply / "online") == "1" for supply in supplies if _read(supply / "type") == "Mains"]
     # Batteries of mice and headsets have the scope Device.
     batteries = [
@@ -61,7 +64,7 @@ def running(names: Collection[str]) -> str | None:
 
 def _programs() -> Iterable[str]:
     own = str(os.getpid())
-    folders = [folder for folder in Path("/proc").glob("[0-9]*") if folder.name != own]
+    folders = [folder for folder in PROC.glob("[0-9]*") if folder.name != own]
     if not folders:
         yield from (line.strip().rpartition("/")[2].lower() for line in _ask("ps", "-A", "-o", "comm=").splitlines())
     for folder in folders:
@@ -84,7 +87,7 @@ class Idleness:
 
     def _since_others(self) -> float | None:
         """Seconds since other programs last took much of the processors, as seen from call to call."""
-        times = _read(Path("/proc/stat")).partition("\n")[0].split()[1:]
+        times = _read(PROC / "stat").partition("\n")[0].split()[1:]
         if len(times) < 5:
             return None
         ticks = [int(text) for text in times[:8]]
@@ -100,7 +103,7 @@ class Idleness:
 def _since_terminals() -> float | None:
     """Seconds since a key was pressed in any terminal, as `w` counts them."""
     pressed = []
-    for path in [*Path("/dev/pts").glob("[0-9]*"), *Path("/dev").glob("tty[0-9]*")]:
+    for path in [*(DEV / "pts").glob("[0-9]*"), *DEV.glob("tty[0-9]*")]:
         with contextlib.suppress(OSError):
             pressed.append(path.stat().st_atime)
     return max(0.0, time.time() - max(pressed)) if pressed else None

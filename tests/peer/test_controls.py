@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from peer import sensors
 from peer.cli import main
-from peer.controls import Controls, Hold, Wish, folder_bytes, read_state, read_wish, write_wish
+from peer.controls import Controls, Hold, Machine, Wish, folder_bytes, read_state, read_wish, write_wish
 from peer.equip import demand_room
 from peer.errors import UserCode, UserError
 from peer.limits import Limits
@@ -162,6 +164,62 @@ async def test_a_program_that_has_the_machine_for_itself_holds_a_peer(
             process.kill()
             await process.wait()
         await peer.until(lambda: peer.hold() is None)
+
+
+def tell(folder: Path, **files: str) -> None:
+    """Let a device of the system say this."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(f"{text}\n")
+
+
+def test_a_hot_device_rests_until_it_has_cooled_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensors, "SYS", tmp_path)
+    machine, limits, zone = Machine(tmp_path), Limits(temperature_max=80), tmp_path / "thermal" / "thermal_zone0"
+    assert machine.objection(limits, "cpu") is None, "a limit that cannot be kept is no reason not to train"
+    tell(tmp_path / "hwmon" / "hwmon0", name="nvme", temp1_input="90000")
+    tell(tmp_path / "hwmon" / "hwmon1", name="k10temp", temp1_input="40000")
+    told = []
+    for degrees in (79, 81, 76, 74, 79):
+        tell(zone, temp=str(1000 * degrees))
+        assert sensors.temperature("cpu") == degrees
+        told.append(machine.objection(limits, "cpu"))
+    assert [why is not None for why in told] == [False, True, True, False, False]
+    assert told[1] == "until the device has cooled down below 75 °C"
+
+
+def test_a_laptop_on_battery_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensors, "SYS", tmp_path)
+    machine, limits, supplies = Machine(tmp_path), Limits(on_mains=True), tmp_path / "power_supply"
+    assert machine.objection(limits, "cpu") is None
+    tell(supplies / "mouse", type="Battery", scope="Device", status="Discharging")
+    assert sensors.on_mains() is None, "the battery of a mouse says nothing"
+    tell(supplies / "BAT0", type="Battery", status="Discharging")
+    assert machine.objection(limits, "cpu") == "while the machine is on battery"
+    tell(supplies / "AC", type="Mains", online="1")
+    assert machine.objection(limits, "cpu") is None
+    tell(supplies / "AC", type="Mains", online="0")
+    assert machine.objection(limits, "cpu") == "while the machine is on battery"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells")
+def test_a_machine_in_use_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensors, "PROC", tmp_path)
+    monkeypatch.setattr(sensors, "DEV", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    idleness = sensors.Idleness()
+    assert idleness.seconds() is None
+    told = []
+    # Ticks of other programs and of nothing: the first reading, then little by others, little, and much.
+    for others, idle in ((0, 10), (10, 1000), (20, 2000), (5000, 2100)):
+        tell(tmp_path, stat=f"cpu {10_000_000 + others} 0 0 {idle} 0 0 0 0 0 0")
+        told.append(idleness.seconds() or 0.0)
+        time.sleep(0.05)
+    assert told[0] < told[1] < told[2] > told[3]
+    (tmp_path / "pts").mkdir()
+    tell(tmp_path / "pts", **{"0": ""})
+    os.utime(tmp_path / "pts" / "0", (time.time() + 60, 0))
+    assert idleness.seconds() == 0, "a key was pressed in a terminal"
 
 
 async def test_a_home_that_grows_over_its_cap_holds_a_peer(tmp_path: Path) -> None:
