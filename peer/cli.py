@@ -1,16 +1,19 @@
 """The command line: `sparseloco-peer COMMAND`. Each file of `peer.commands` holds some commands and adds them here."""
 
 import argparse
+import contextlib
+import os
 import sys
 import traceback
 from pathlib import Path
 
-from peer.commands import control, demo, join, look, run, servers, simulate
+from peer.commands import control, corpus, demo, export, join, look, run, servers, simulate
 from peer.errors import UserCode, UserError, render
 from protocol.errors import ProtocolError
 
 INTERRUPTED = 130
-COMMANDS = (join, control, run, servers, demo, look, simulate)
+NOBODY_READS = 141
+COMMANDS = (join, control, run, corpus, servers, demo, look, export, simulate)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,6 +28,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has enough, as `head` has; what is still buffered goes nowhere.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
     except Exception as error:  # noqa: BLE001 - the last door: whatever comes here is our own mistake
         place = Path("sparseloco-peer-crash.txt").absolute()
         try:
