@@ -1,8 +1,10 @@
 """Pause, limits, finish and Ctrl+C on live processes: what was trained is sent, and the residual survives."""
 
 import hashlib
+import json
 import signal
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -34,8 +36,12 @@ def press_ctrl_c(child: Child) -> None:
 
 def is_training(child: Child) -> None:
     """Wait until at least one inner step of this life is done."""
+    wait_until(lambda: any(event["name"] == "first inner step" for event in child.all("phase")), child)
+
+
+def wait_until(condition: Callable[[], bool], child: Child) -> None:
     end_s = time.monotonic() + READY_S
-    while not any(event["name"] == "first inner step" for event in child.all("phase")):
+    while not condition():
         assert time.monotonic() < end_s and child.process.is_alive(), child.told()
         time.sleep(0.05)
 
@@ -60,6 +66,9 @@ def test_pause_resume_and_caps(tmp_path: Path) -> None:
     settings = settings_of(steps=30, peers=2, hidden=64, k=512, grace_s=(4.0, 30.0))
     with Swarm(tmp_path, settings) as swarm:
         aggregator = swarm.aggregator()
+        (tmp_path / "two").mkdir()
+        today = {"date": datetime.now().astimezone().date().isoformat(), "bytes": 5_000_000}
+        (tmp_path / "two" / "traffic.json").write_text(json.dumps(today))
         two = [swarm.peer(name) for name in NAMES][1]
         two.wait_event("round", READY_S, 2)
         told = [(event["name"], event["seconds"]) for event in two.all("phase")]
@@ -87,6 +96,14 @@ def test_pause_resume_and_caps(tmp_path: Path) -> None:
         two.wait_event("control", READY_S)
         capped = swarm.head() + 3
         two.wait_event("round", READY_S, capped)
+
+        # A day's megabytes that have travelled take it off the line, and more of them bring it back.
+        seen = len(aggregator.all("peer left"))
+        command("limits", tmp_path / "two", "--mb-a-day", "1")
+        wait_until(lambda: len(aggregator.all("peer left")) > seen, two)
+        command("limits", tmp_path / "two", "--mb-a-day", "0")
+        two.wait_event("connected again", READY_S)
+        two.wait_event("round", READY_S, swarm.head() + 1)
         swarm.check_roots(NAMES)
         counted, records = swarm.counted("two"), swarm.records()
         events = two.events()
