@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from peer.commands import control, corpus, demo, export, join, look, run, servers, simulate
-from peer.errors import UserCode, UserError, render
+from peer.errors import UserCode, UserError, from_os_error, render
 from protocol.errors import ProtocolError
 
 INTERRUPTED = 130
@@ -33,20 +33,30 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NOBODY_READS
-    except Exception as error:  # noqa: BLE001 - the last door: whatever comes here is our own mistake
-        place = Path("sparseloco-peer-crash.txt").absolute()
-        try:
-            place.write_text(traceback.format_exc())
-            where = f"the details are in {place}"
-        except OSError:
-            where = "".join(traceback.format_exc().splitlines()[-3:])
-        bug = UserError(
-            UserCode.PROGRAM_DIED,
-            f"this is a mistake in sparseloco-peer itself: {type(error).__name__}: {error}",
-            f"start the same command again; please report it: {where}",
-        )
-        print(render(bug), file=sys.stderr)
+    except OSError as error:
+        if error.filename is None:
+            return _our_mistake(error)
+        print(render(from_os_error(error, str(error.filename))), file=sys.stderr)
         return 1
+    except Exception as error:  # noqa: BLE001 - the last door: whatever comes here is our own mistake
+        return _our_mistake(error)
+
+
+def _our_mistake(error: Exception) -> int:
+    """Say that this is a bug, and put what its finder needs into a file."""
+    place = Path("sparseloco-peer-crash.txt").absolute()
+    try:
+        place.write_text(traceback.format_exc())
+        where = f"the details are in {place}"
+    except OSError:
+        where = "".join(traceback.format_exc().splitlines()[-3:])
+    bug = UserError(
+        UserCode.PROGRAM_DIED,
+        f"this is a mistake in sparseloco-peer itself: {type(error).__name__}: {error}",
+        f"start the same command again; please report it: {where}",
+    )
+    print(render(bug), file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

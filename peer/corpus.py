@@ -68,6 +68,8 @@ def make_corpus(
             f"give --vocabulary {VOCABULARY_MIN} to {1 << 20}, for example 32768",
         )
     paths = list(_files(paths))
+    if not paths:
+        raise UserError(UserCode.NO_CORPUS, "there is no file to read", "name files, or folders that hold some")
     if vocabulary is not None:
         sample = itertools.islice(_Pass("learning the vocabulary", paths, stream).documents(), TOKENIZER_DOCUMENTS)
         atomic_write(out / TOKENIZER, train_tokenizer(sample, vocabulary).encode("utf-8"))

@@ -91,7 +91,7 @@ class OperatorFolder:
                 "name the folder that `sparseloco-peer run new RUN.toml --out FOLDER` made",
             )
         with os_errors(path):
-            data, text = path.read_bytes(), self.invite_path.read_text("ascii").strip()
+            data, text = path.read_bytes(), self.invite_path.read_text("ascii", "replace").strip()
         try:
             return SignedRun.from_bytes(data, run_id=None), Invite.from_text(text)
         except ProtocolError as error:

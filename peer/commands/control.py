@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from peer.commands.options import AddParser
 from peer.config import PeerConfig, read_config
-from peer.errors import UserCode, UserError
+from peer.errors import UserCode, UserError, os_errors
 
 if TYPE_CHECKING:
     from peer.controls import Wish
@@ -59,7 +59,9 @@ def _yes_or_no(text: str) -> bool:
 
 def _home(arguments: argparse.Namespace) -> Path:
     home = (arguments.home or PeerConfig().home).expanduser().absolute()
-    if not home.is_dir():
+    with os_errors(home):
+        is_folder = home.is_dir()
+    if not is_folder:
         raise UserError(UserCode.NO_SUCH_FILE, f"no peer lives in {home}", "name the folder of the peer with --home")
     return home
 

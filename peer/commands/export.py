@@ -164,10 +164,8 @@ def _prompt(model: "Model", text: str) -> "torch.Tensor":  # i64[P]
     import numpy as np
     import torch
 
-    try:
-        ids = model.tokenizer.encode(text).astype(np.int64) if text else np.array([model.tokenizer.end_of_document])
-    except UnicodeEncodeError as error:
-        raise UserError(UserCode.BAD_ARGUMENT, "the prompt is no text", "give it in UTF-8") from error
+    _demand(text == text.encode("utf-8", "replace").decode("utf-8"), "the prompt is no text", "give it in UTF-8")
+    ids = model.tokenizer.encode(text).astype(np.int64) if text else np.array([model.tokenizer.end_of_document])
     _demand(int(ids.max(initial=0)) < model.config.vocab_size, "the tokenizer is not the model's", "name the right one")
     return torch.from_numpy(ids)
 

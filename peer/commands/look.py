@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from peer.commands.options import AddParser, add_plaintext, invite_text
+from peer.errors import UserCode, UserError
 from peer.telemetry import Telemetry
 
 
@@ -50,8 +51,10 @@ def _audit(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     from peer.status import status_of_folder, status_of_run
 
+    if arguments.rounds < 1:
+        raise UserError(UserCode.BAD_ARGUMENT, "there are no such last rounds", "give --rounds 1 or more")
     text = invite_text(arguments.source)
-    if text.startswith("slp1"):
+    if text.startswith("slp1") or text != arguments.source:
         with Telemetry("status", file=None, json_stdout=False):
             chain = asyncio.run(status_of_run(text, arguments.rounds, plaintext=arguments.plaintext_local))
     else:
