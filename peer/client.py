@@ -598,6 +598,7 @@ class Client:
             mine_counted=any(entry.peer == self._key.public and entry.weight for entry in record.entries),
             contributors=len(accepted(record.entries)),
             loss=self._totals.loss,
+            tokens=self._totals.tokens,
             form=update.form,
             bytes=update.size,
             state_root=root.hex(),

@@ -20,6 +20,7 @@ from typing import Any
 
 from peer.errors import UserCode, UserError, os_errors
 from peer.limits import Limits
+from peer.trackers import FORM, check_tracker
 from protocol.invite import check_address
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -48,6 +49,8 @@ class PeerConfig:
     """Address ("host:port") under which others may fetch the parameters from this peer; empty to serve nobody."""
     limits: Limits = field(default_factory=Limits)
     """How much of this machine the peer may use: the table `[limits]`."""
+    tracker: str = ""
+    """Where curves go: "tensorboard:FOLDER", "wandb:PROJECT", "trackio:PROJECT" (each an extra), or "" for nowhere."""
 
     def __post_init__(self) -> None:
         _demand("device", self.device, "one of " + ", ".join(DEVICES), self.device in DEVICES)
@@ -57,6 +60,7 @@ class PeerConfig:
             holds = type(value) is int and 0 <= value <= most
             _demand(name, value, f"a whole number from 0 to {most}", holds)
         _demand("serve", self.serve, 'an address such as "peer.example.org:7710", or ""', _is_address(self.serve))
+        _demand("tracker", self.tracker, f'{FORM}, or ""', _is_tracker(self.tracker))
         _demand("log_json", self.log_json, "true or false", type(self.log_json) is bool)
 
 
@@ -111,6 +115,10 @@ def _is_address(text: object) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_tracker(text: object) -> bool:
+    return isinstance(text, str) and (text == "" or check_tracker(text))
 
 
 def _demand(name: str, value: object, accepted: str, holds: bool) -> None:

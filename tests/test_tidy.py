@@ -37,7 +37,8 @@ WORLD = {
 }
 # From the longest prefix to the shortest: a room, and which rooms and packages it must not import. A room is a folder
 # or a module; `programs` are the modules directly in peer/ that are none of the small shared ones.
-SHARED = {"peer.errors", "peer.journal", "peer.store", "peer.telemetry", "peer.config", "peer.limits", "peer.schedule"}
+SHARED = {"peer.errors", "peer.journal", "peer.store", "peer.telemetry", "peer.config", "peer.limits"}
+SHARED |= {"peer.schedule", "peer.trackers"}
 FORBIDDEN: dict[str, set[str]] = {
     "protocol": {"peer", "bench", "tests", *WORLD},
     "protocol.conformance": {"peer", "bench", "tests"},  # a command line that runs somebody's client

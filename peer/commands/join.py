@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peer.commands.options import AddParser, add_json, add_plaintext, invite_text
+from peer.commands.options import AddParser, add_json, add_plaintext, add_tracker, invite_text
 from peer.config import PeerConfig, read_config
 from peer.telemetry import Telemetry
+from peer.trackers import open_tracker
 
 if TYPE_CHECKING:
     from peer.client import Client
@@ -35,6 +36,7 @@ def add(add_parser: AddParser) -> None:
     join.add_argument(
         "--serve", metavar="HOST:PORT", help="offer others the parameters, under this address of this machine"
     )
+    add_tracker(join)
     join.add_argument(
         "--patience", type=float, default=30.0, metavar="SECONDS", help="how long to try the first connection (30)"
     )
@@ -47,7 +49,7 @@ def _config(arguments: argparse.Namespace) -> PeerConfig:
     config = read_config(arguments.config) if arguments.config else PeerConfig()
     chosen = {
         name: getattr(arguments, name)
-        for name in ("home", "device", "dtype", "threads", "micro_batch", "serve")
+        for name in ("home", "device", "dtype", "threads", "micro_batch", "serve", "tracker")
         if getattr(arguments, name) is not None
     }
     return dataclasses.replace(config, **chosen)
@@ -61,9 +63,15 @@ def _join(arguments: argparse.Namespace) -> int:
     invite = Invite.from_text(invite_text(arguments.invite))
     config = _config(arguments)
     home = Home(config.home)
+    json_stdout = arguments.json or config.log_json
     with (
         home.lock(),
-        Telemetry("peer", file=home.log_path, json_stdout=arguments.json or config.log_json) as telemetry,
+        Telemetry(
+            "peer",
+            file=home.log_path,
+            json_stdout=json_stdout,
+            tracker=open_tracker(config.tracker) if config.tracker else None,
+        ) as telemetry,
     ):
         return asyncio.run(_take_part(invite, home, config, telemetry, arguments, began_s))
 
@@ -108,6 +116,7 @@ async def _take_part(
     await client.join()
     if stop.is_set():
         # A step or a build under way in a thread would hold the process up until it ends; nobody wants its result.
+        telemetry.close()
         sys.stdout.flush()
         os._exit(0)
     return 0

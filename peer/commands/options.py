@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from peer.errors import os_errors
+from peer.trackers import FORM
 
 PATH_CHARS_MAX = 250  # a name that is longer is a damaged invite
 FILE_CHARS_MAX = 1 << 16
@@ -54,6 +55,11 @@ def invite_text(argument: str) -> str:
 def add_json(command: argparse.ArgumentParser) -> None:
     """The option of programs that write events."""
     command.add_argument("--json", action="store_true", help="also write each event to stdout as a JSON line")
+
+
+def add_tracker(command: argparse.ArgumentParser) -> None:
+    """The option of programs whose events make curves."""
+    command.add_argument("--tracker", metavar="KIND:PLACE", help=f"also draw curves: {FORM}, each an extra to install")
 
 
 def add_plaintext(command: argparse.ArgumentParser) -> None:

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from peer.commands.options import AddParser, add_json, add_plaintext, invite_text, until_stopped
+from peer.commands.options import AddParser, add_json, add_plaintext, add_tracker, invite_text, until_stopped
 from peer.telemetry import Telemetry
+from peer.trackers import open_tracker
 
 
 def add(add_parser: AddParser) -> None:
@@ -66,6 +67,7 @@ def _add_aggregate(add_parser: AddParser) -> None:
         help="measure the validation loss of the newest parameters every N rounds, beside everything else (default 1;"
         " 0 is never). It goes into the next record",
     )
+    add_tracker(aggregate)
     aggregate.set_defaults(command=_aggregate)
     add_json(aggregate)
     add_plaintext(aggregate)
@@ -98,7 +100,9 @@ def _aggregate(arguments: argparse.Namespace) -> int:
     )
     folder = OperatorFolder(arguments.folder)
     folder.load()
-    with Telemetry("aggregator", file=folder.aggregator_home / "log.jsonl", json_stdout=arguments.json):
+    tracker = open_tracker(arguments.tracker) if arguments.tracker else None
+    file = folder.aggregator_home / "log.jsonl"
+    with Telemetry("aggregator", file=file, json_stdout=arguments.json, tracker=tracker):
         return until_stopped(lambda stop: aggregate(folder, stop, options))
 
 

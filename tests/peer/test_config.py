@@ -29,6 +29,7 @@ def test_every_setting_can_be_read() -> None:
         micro_batch = 4
         log_json = true
         serve = "peer.example.org:7710"
+        tracker = "wandb:curves"
         [limits]
         schedule = "mon-fri 19:00-08:00, sat-sun"
         idle_minutes = 5
@@ -49,7 +50,8 @@ def test_every_setting_can_be_read() -> None:
     paths = {"mine": Path("/data/mine"), "near": HERE / "near", "own": Path.home() / "own"}
     limits = Limits("mon-fri 19:00-08:00, sat-sun", 5, True, ("game", "obs"), 0.5, 80, 2.5, 20, 500, 3000)
     here = HERE / "peers" / "one"
-    assert config == PeerConfig(here, "cpu", "float32", 1, 4, paths, True, "peer.example.org:7710", limits)
+    address, tracker = "peer.example.org:7710", "wandb:curves"
+    assert config == PeerConfig(here, "cpu", "float32", 1, 4, paths, True, address, limits, tracker)
     assert set(limits.in_force()) == {limit.name for limit in dataclasses.fields(Limits)}
     differs = [
         setting.name for setting in dataclasses.fields(config) if getattr(config, setting.name) in ("auto", 0, "")
