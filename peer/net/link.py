@@ -3,7 +3,8 @@
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncGenerator, Callable, Collection
+import time
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +25,7 @@ from peer.net.messages import (
     Aggregators,
     Amended,
     Heartbeat,
+    Line,
     PacketStored,
     ReceiptMsg,
     RoundClosed,
@@ -39,6 +41,10 @@ from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey, verify
 from protocol.limits import FRAME_BYTES, RECORD_BYTES_MAX, VERSION
 
+PROBE_S = 4.0
+PROBE_PINGS = 3
+PROBE_BURST_BYTES = 1 << 14
+PROBE_BYTES = 4 << 20  # in each direction
 _STALL_S = 120.0  # a submit or fetch that moves nothing for so long is given up, though the connection seems alive
 _KEEPALIVE_S = 5.0
 _KEEPALIVE_TIMEOUT_S = 10.0
@@ -293,6 +299,40 @@ class Link:
             raise ProtocolError(Code.BAD_MESSAGE, "the answer to an amendment is malformed")
         return Amended(reply.newest, reply.round)
 
+    async def probe(self, seconds: float = PROBE_S) -> Line:
+        """Measure the line, in about `seconds` for each direction: what a packet will meet, over the same connection.
+
+        Bursts double from one to the next, so that the last one is long enough to be measured and a slow line is not
+        held up by the first.
+        """
+        call: Any = self._bulk.stream_stream(
+            f"/{SERVICE}/Probe", pb.ProbeRequest.SerializeToString, pb.ProbeReply.FromString
+        )()
+        try:
+            trips, ahead = [], []
+            for turn in range(PROBE_PINGS):
+                session = self._session if not turn else b""
+                sent_s, began_s = time.time(), time.perf_counter()
+                (reply,) = await _exchange(call, [pb.ProbeRequest(session=session)])
+                trips.append(time.perf_counter() - began_s)
+                ahead.append(sent_s + trips[-1] / 2 - reply.now_ms / 1000)
+            trip_s = min(trips)
+            up = await _burst_speed(call, lambda size: pb.ProbeRequest(padding=os.urandom(size)), trip_s, seconds)
+            down = await _burst_speed(call, lambda size: pb.ProbeRequest(down_bytes=size), trip_s, seconds)
+            await call.done_writing()
+            return Line(up, down, trip_s, ahead[trips.index(trip_s)])
+        except asyncio.InvalidStateError:
+            raise await self._status_error(call) from None
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self.address) from None
+        except TimeoutError:
+            reason = f"{self.address} did not answer a probe for {_STALL_S:g} s"
+            raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True) from None
+        except asyncio.CancelledError as cancelled:
+            raise self._closed_under() or cancelled from None
+        finally:
+            call.cancel()
+
     def _closed_under(self, partial: bytes = b"") -> LinkError | None:
         """What a cancelled call means when it was not its task that was cancelled: the link was closed meanwhile."""
         task = asyncio.current_task()
@@ -392,3 +432,40 @@ def _event(message: pb.RoundEvent) -> WatchEvent | Heartbeat | None:
             raise ProtocolError(Code.BAD_MESSAGE, "a round record is too large")
         return RoundClosed(message.closed.record, message.closed.update_bytes, message.closed.bundle_bytes)
     return None
+
+
+async def _burst_speed(call: Any, question: Callable[[int], pb.ProbeRequest], trip_s: float, seconds: float) -> float:
+    """Bytes a second of the last of some bursts, each twice as long as the one before."""
+    size, moved, began_s = PROBE_BURST_BYTES, 0, time.perf_counter()
+    while True:
+        sizes = [FRAME_BYTES] * (size // FRAME_BYTES) + [size % FRAME_BYTES] * (size % FRAME_BYTES > 0)
+        questions = [question(each) for each in sizes]
+        burst_s = time.perf_counter()
+        await _exchange(call, questions)
+        took_s = time.perf_counter() - burst_s
+        moved += size
+        if moved + 2 * size > PROBE_BYTES or time.perf_counter() - began_s + 2 * took_s > seconds:
+            return size / max(took_s - trip_s, 1e-6)
+        size *= 2
+
+
+async def _exchange(call: Any, questions: Sequence[pb.ProbeRequest]) -> list[pb.ProbeReply]:
+    """Send all of these, and wait for the answers to all of them."""
+
+    async def write() -> None:
+        for question in questions:
+            await call.write(question)
+
+    writer, replies = asyncio.create_task(write()), []
+    try:
+        async with asyncio.timeout(_STALL_S):
+            for question in questions:
+                reply = await call.read()
+                if not isinstance(reply, pb.ProbeReply) or len(reply.padding) != question.down_bytes:
+                    raise ProtocolError(Code.BAD_MESSAGE, "the answer to a probe is not what it asked for")
+                replies.append(reply)
+            await writer
+    finally:
+        writer.cancel()
+        await asyncio.gather(writer, return_exceptions=True)
+    return replies

@@ -81,6 +81,19 @@ class Amended:
     round: int
 
 
+@dataclass(frozen=True)
+class Line:
+    """What a probe found. Bytes are those of the payload, so what TLS and headers take is counted already.
+
+    `clock_ahead_s` is how far this machine's clock is ahead of the aggregator's, known to within `round_trip_s` / 2.
+    """
+
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    round_trip_s: float
+    clock_ahead_s: float
+
+
 def transcript(
     run_id: bytes, peer: bytes, client_nonce: bytes, server_nonce: bytes, certificate_sha256: bytes
 ) -> bytes:

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import secrets
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +31,7 @@ from peer.net.messages import (
     transcript,
 )
 from peer.net.pb import swarm_pb2 as pb
-from peer.net.sessions import ServiceLimits, Session, SessionEndedError, Sessions, first_of, source_of
+from peer.net.sessions import PerMinute, ServiceLimits, Session, SessionEndedError, Sessions, first_of, source_of
 from peer.net.throttle import Traffic
 from peer.net.tls import TlsIdentity, is_loopback
 from protocol.errors import Code, ProtocolError
@@ -140,6 +141,8 @@ class _Service:
         self._submitting: set[bytes] = set()
         self._submit_turns = asyncio.Semaphore(limits.submits_max)
         self._farewells: set[asyncio.Task[None]] = set()
+        self._probing = 0
+        self._probes = PerMinute(limits.probes_per_minute_max, "probes a minute are served")
         self.sessions = Sessions(limits)
         self.stopping = False
 
@@ -398,9 +401,53 @@ class _Service:
         session = self.sessions.find(request.session)
         if len(request.amendment) > AMENDMENT_BYTES_MAX:
             raise ProtocolError(Code.TOO_LARGE, f"an amendment has at most {AMENDMENT_BYTES_MAX} bytes")
-        session.demand_amend(self._limits.amends_per_minute_max)
+        session.amends.demand()
         amended = await session.run(self._handler.amend(session.peer, request.amendment))
         return pb.AmendReply(newest=amended.newest, round=amended.round)
+
+    # Probe
+
+    @_guarded
+    async def probe(self, _request: Any, context: Context) -> None:
+        first = await self._question(context)
+        if first is None:
+            raise ProtocolError(Code.BAD_MESSAGE, "a probe starts with a request")
+        session = self.sessions.find(first.session)
+        if self._probing >= self._limits.probes_max:
+            raise ProtocolError(Code.BUSY, "others are measuring their line at this moment")
+        session.probes.demand()
+        self._probes.demand()
+        self._probing += 1
+        try:
+            async with asyncio.timeout(self._limits.probe_s_max):
+                await session.run(self._answer(first, context))
+        except TimeoutError:
+            raise ProtocolError(Code.BUSY, f"a probe takes at most {self._limits.probe_s_max:g} s") from None
+        finally:
+            self._probing -= 1
+
+    async def _answer(self, first: pb.ProbeRequest, context: Context) -> None:
+        up_bytes = down_bytes = 0
+        question: pb.ProbeRequest | None = first
+        while question is not None:
+            if max(len(question.padding), question.down_bytes) > FRAME_BYTES:
+                raise ProtocolError(Code.BAD_MESSAGE, f"a probe's messages have at most {FRAME_BYTES} bytes")
+            up_bytes += len(question.padding)
+            down_bytes += question.down_bytes
+            if max(up_bytes, down_bytes) > self._limits.probe_bytes_max:
+                limit = self._limits.probe_bytes_max
+                raise ProtocolError(Code.TOO_LARGE, f"a probe moves at most {limit} bytes each way")
+            padding = os.urandom(question.down_bytes)  # so that nothing on the way can compress it
+            await self._write(context, pb.ProbeReply(now_ms=time.time_ns() // 1_000_000, padding=padding))
+            question = await self._question(context)
+
+    async def _question(self, context: Context) -> pb.ProbeRequest | None:
+        try:
+            async with asyncio.timeout(self._limits.frame_gap_s):
+                message = await context.read()
+        except TimeoutError:
+            raise ProtocolError(Code.BAD_MESSAGE, f"no request for {self._limits.frame_gap_s:g} s") from None
+        return message if isinstance(message, pb.ProbeRequest) else None
 
     # The end
 
@@ -420,6 +467,7 @@ class _Service:
                 "Submit": grpc.stream_stream_rpc_method_handler(self.submit, pb.SubmitRequest.FromString, serialize),
                 "Fetch": grpc.unary_stream_rpc_method_handler(self.fetch, pb.FetchRequest.FromString, serialize),
                 "Amend": grpc.unary_unary_rpc_method_handler(self.amend, pb.AmendRequest.FromString, serialize),
+                "Probe": grpc.stream_stream_rpc_method_handler(self.probe, pb.ProbeRequest.FromString, serialize),
             },
         )
 
