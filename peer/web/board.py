@@ -106,11 +106,6 @@ class View:
         return self.amendments.config_at(self.head.round + 1)
 
     @property
-    def paused(self) -> bool:
-        """Whether the operator holds the next round shut."""
-        return self.amendments.paused_at(self.head.round + 1)
-
-    @property
     def complete(self) -> bool:
         """Whether the last round has closed."""
         return self.head.round >= self.settings.outer.rounds
@@ -327,6 +322,11 @@ def newest_store(folder: Path) -> Path:
     return max(found)[-1]
 
 
+def paused(view: View, live: Live) -> bool:
+    """Whether the operator holds the next round shut. It is open before a record tells of its resumption."""
+    return view.amendments.paused_at(view.head.round + 1) and live.open_round is None
+
+
 def newest_loss(view: View, live: Live) -> Loss | None:
     """The newest evaluation, whether a record has it yet or not."""
     known = [loss for loss in (live.newest, *view.losses[-1:]) if loss is not None]
@@ -347,7 +347,7 @@ def alarms(view: View, live: Live, now_ms: int) -> list[Alarm]:
         text = f"{len(null)} of the last {len(recent)} rounds changed nothing, the newest is round {null[-1]}"
         found.append(Alarm("unguarded", f"{text}: fewer packets than the quorum of {rules.quorum} by the deadline"))
     silent_s = (now_ms - view.head.closed_ms) / 1000
-    waiting = view.head.round > 0 and not (view.complete or view.paused or view.behind)
+    waiting = view.head.round > 0 and not (view.complete or paused(view, live) or view.behind)
     if waiting and silent_s > STALE_DEADLINES * rules.deadline_s:
         text = f"nothing has closed for {_span(silent_s)}, and a round may last {_span(rules.deadline_s)}"
         found.append(Alarm("stale_head", text))

@@ -6,7 +6,7 @@ import json
 from importlib.metadata import version
 from typing import Any
 
-from peer.web.board import ROUNDS_MAPPED, Live, Loss, PeerSums, View, alarms, newest_loss, with_bits
+from peer.web.board import ROUNDS_MAPPED, Live, Loss, PeerSums, View, alarms, newest_loss, paused, with_bits
 from protocol.amendment import Action, Amendment, Ban, ChangeSettings, Pause, Resume, Rollback, Unban
 from protocol.ledger import Verdict
 from protocol.run import RunConfig
@@ -48,7 +48,7 @@ def _now(view: View, live: Live, now_ms: int) -> dict[str, Any]:
         "leading": live.leading,
         "connected": live.connected,
         "complete": view.complete,
-        "paused": view.paused,
+        "paused": paused(view, live),
         "behind": view.behind,
         "head": view.head.round,
         "epoch": view.head.epoch,

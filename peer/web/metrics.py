@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from peer.web.board import ALARMS, Live, View, alarms, newest_loss, with_bits
+from peer.web.board import ALARMS, Live, View, alarms, newest_loss, paused, with_bits
 
 Reading = tuple[View, Live, int, int]  # and the time in ms since 1970, and bytes free on the disk
 
@@ -50,7 +50,7 @@ def _of_run(view: View, live: Live) -> list[Figure]:
         ("parameters", "Values in the model.", view.run.layout.size),
         ("run_rounds", "Rounds after which the run is complete.", settings.outer.rounds),
         ("run_complete", "1 when the last round has closed.", view.complete),
-        ("run_paused", "1 while the operator holds the run.", view.paused),
+        ("run_paused", "1 while the operator holds the run.", paused(view, live)),
         ("quorum", "Packets that a round needs.", settings.rounds.quorum),
         ("round_deadline_seconds", "How long a round may last.", settings.rounds.deadline_s),
         ("leading", "1 where this program opens the rounds.", live.leading),

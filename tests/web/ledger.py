@@ -4,6 +4,7 @@ import dataclasses
 import time
 
 from peer.evaluate import micronats
+from protocol.identity import NO_DIGEST
 from protocol.ledger import CloseReason, Entry, Kind, RoundRecord, Verdict, sign_record
 from protocol.limits import CLIP_ONE
 from tests.peer.test_audit import Maker
@@ -18,6 +19,7 @@ def close_round(
     loss: float = 0.0,
     closed_ms: int | None = None,
     epoch: int = 0,
+    amendment: bytes = NO_DIGEST,
 ) -> RoundRecord:
     """Close a round without making its packets: it is a null round unless an entry is accepted."""
     applied = any(entry.verdict == Verdict.ACCEPTED for entry in entries)
@@ -34,6 +36,7 @@ def close_round(
         now_ms - 2500,
         now_ms,
         tuple(sorted(entries, key=lambda entry: (entry.peer, entry.packet_digest))),
+        amendment=amendment,
     )
     if loss:
         record = dataclasses.replace(record, evaluated_round=round - 1, loss_micronats=micronats(loss))

@@ -8,8 +8,10 @@ import pytest
 
 from peer.errors import UserError
 from peer.journal import RecordRow
-from peer.web.board import PEERS_KEPT, READ_AT_ONCE, Board, Live, Loss, PeerSums, alarms, newest_store
+from peer.store import load_key
+from peer.web.board import PEERS_KEPT, READ_AT_ONCE, Board, Live, Loss, PeerSums, alarms, newest_store, paused
 from peer.web.messages import message
+from protocol.amendment import Amendments, ChangeSettings, Pause, sign_amendment
 from protocol.errors import Code
 from protocol.ledger import CloseReason, Verdict
 from protocol.wire import packet_wire_bytes_max
@@ -112,6 +114,29 @@ def test_the_alarms(maker: Maker) -> None:
         close_round(maker, round, entries=(entry(1, round),), reason=CloseReason.GRACE, loss=1.9, closed_ms=at_ms)
     assert standing(at_ms) == []
     assert standing(at_ms + 2 * deadline_ms) == []  # the last round has closed
+
+
+def test_what_the_operator_changed(maker: Maker, tmp_path: Path) -> None:
+    chain, key = Amendments(maker.run), load_key(tmp_path / "run" / "operator.key")
+    for action, round in ((ChangeSettings({"inner.learning_rate": 0.0625, "outer.rounds": 99}), 2), (Pause(), 3)):
+        amendment = sign_amendment(chain.draft(action, round), key)
+        chain = chain.append(amendment)
+        maker.store.blobs.put("amendment", amendment.digest.hex(), amendment.to_bytes())
+    close_round(maker, 1, entries=(entry(1, 1),), amendment=chain.head, closed_ms=10_000_000)
+    with closing(Board(maker.store.path)) as board:
+        first = board.read()
+        close_round(maker, 2, entries=(entry(1, 2),), amendment=chain.head, closed_ms=10_000_000)
+        second = board.read()
+    assert first is not None and second is not None
+    assert (first.settings.outer.rounds, first.complete, paused(first, LIVE)) == (99, False, False)
+    assert paused(second, LIVE) and not paused(second, Live(open_round=3))
+    assert alarms(second, LIVE, 20_000_000) == [], "whoever waits for the operator is not late"
+    told = message(second, LIVE, 0, since=None)["run"]
+    assert ["learning_rate", "0.0625", "0.003"] in dict(told["settings"])["inner"]
+    assert [item["text"] for item in told["amendments"]] == [
+        "inner.learning_rate = 0.0625, outer.rounds = 99",
+        "the run pauses",
+    ]
 
 
 def test_strangers_cannot_fill_the_memory(maker: Maker) -> None:
