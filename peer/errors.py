@@ -193,7 +193,10 @@ EXPLANATIONS: dict[Code, tuple[str, str]] = {
         "the change of the run breaks a rule, or does not follow the changes before it",
         "as its operator, make the change again from the newest state of the run; anybody else may tell the operator",
     ),
-    Code.VERSION: ("the other side speaks another version of the protocol", _NEW_VERSION),
+    Code.VERSION: (
+        "the other side speaks another version of the protocol",
+        "install the newest sparseloco-peer on the side that is too old: yours, or the aggregator's by its operator",
+    ),
     Code.BAD_MAGIC: (
         "these bytes are not of the kind that they should be",
         "check that you named the right file; `sparseloco-peer inspect FILE` says what a file is",

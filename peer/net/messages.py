@@ -94,6 +94,12 @@ class Line:
     clock_ahead_s: float
 
 
+def other_version(ours: int, theirs: int) -> str:
+    """Which side is too old, as an aggregator says it to a peer: an old program knows no newer version by itself."""
+    too_old = "your sparseloco-peer is too old" if theirs < ours else "the aggregator is too old"
+    return f"this aggregator speaks version {ours}, you speak {theirs}: {too_old}"
+
+
 def transcript(
     run_id: bytes, peer: bytes, client_nonce: bytes, server_nonce: bytes, certificate_sha256: bytes
 ) -> bytes:

@@ -28,6 +28,7 @@ from peer.net.messages import (
     ReceiptMsg,
     RoundOpened,
     WatchEvent,
+    other_version,
     transcript,
 )
 from peer.net.pb import swarm_pb2 as pb
@@ -181,7 +182,7 @@ class _Service:
         if self.stopping:
             raise SessionEndedError(_STOPPING)
         if hello.version != VERSION:
-            raise ProtocolError(Code.VERSION, f"this aggregator speaks version {VERSION}, you speak {hello.version}")
+            raise ProtocolError(Code.VERSION, other_version(VERSION, hello.version))
         if hello.run_id != self._run_id:
             raise ProtocolError(Code.OTHER_RUN, "this aggregator serves another run")
         if len(hello.nonce) != NONCE_BYTES:
