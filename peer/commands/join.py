@@ -2,16 +2,22 @@
 
 import argparse
 import asyncio
-import dataclasses
 import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peer.commands.options import AddParser, add_json, add_plaintext, add_tracker, invite_text
-from peer.config import PeerConfig, read_config
+from peer.commands.options import (
+    AddParser,
+    add_json,
+    add_plaintext,
+    add_taste,
+    add_tracker,
+    config_of,
+    invite_text,
+)
+from peer.config import PeerConfig
 from peer.telemetry import Telemetry
 from peer.trackers import open_tracker
 
@@ -25,14 +31,7 @@ def add(add_parser: AddParser) -> None:
     """Add `join`."""
     join = add_parser("join", help="take part in a run: all you need is its invite")
     join.add_argument("invite", help="the word that starts with slp1, or a file that holds it")
-    join.add_argument("--home", type=Path, help="folder of this peer's key and files (default ~/.sparseloco-peer)")
-    join.add_argument("--config", type=Path, help="TOML file with this peer's settings")
-    join.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to train")
-    join.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="type of the matrix products")
-    join.add_argument("--threads", type=int, help="CPU threads for training")
-    join.add_argument(
-        "--micro-batch", type=int, metavar="SEQUENCES", help="how many at a time (default: found by trying)"
-    )
+    add_taste(join)
     join.add_argument(
         "--serve", metavar="HOST:PORT", help="offer others the parameters, under this address of this machine"
     )
@@ -45,23 +44,13 @@ def add(add_parser: AddParser) -> None:
     add_plaintext(join)
 
 
-def _config(arguments: argparse.Namespace) -> PeerConfig:
-    config = read_config(arguments.config) if arguments.config else PeerConfig()
-    chosen = {
-        name: getattr(arguments, name)
-        for name in ("home", "device", "dtype", "threads", "micro_batch", "serve", "tracker")
-        if getattr(arguments, name) is not None
-    }
-    return dataclasses.replace(config, **chosen)
-
-
 def _join(arguments: argparse.Namespace) -> int:
     from peer.store import Home
     from protocol.invite import Invite
 
     began_s = time.monotonic()
     invite = Invite.from_text(invite_text(arguments.invite))
-    config = _config(arguments)
+    config = config_of(arguments)
     home = Home(config.home)
     json_stdout = arguments.json or config.log_json
     with (

@@ -2,12 +2,14 @@
 
 import argparse
 import asyncio
+import dataclasses
 import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 
+from peer.config import PeerConfig, read_config
 from peer.errors import os_errors
 from peer.trackers import FORM
 
@@ -65,3 +67,26 @@ def add_tracker(command: argparse.ArgumentParser) -> None:
 def add_plaintext(command: argparse.ArgumentParser) -> None:
     """The option of programs that talk to an aggregator."""
     command.add_argument("--plaintext-local", action="store_true", help="no TLS; works on the loopback interface only")
+
+
+def add_taste(command: argparse.ArgumentParser) -> None:
+    """The options of programs that train on this machine."""
+    command.add_argument("--home", type=Path, help="folder of this peer's key and files (default ~/.sparseloco-peer)")
+    command.add_argument("--config", type=Path, help="TOML file with this peer's settings")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to train")
+    command.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="type of the matrix products")
+    command.add_argument("--threads", type=int, help="CPU threads for training")
+    command.add_argument(
+        "--micro-batch", type=int, metavar="SEQUENCES", help="how many at a time (default: found by trying)"
+    )
+
+
+def config_of(arguments: argparse.Namespace) -> PeerConfig:
+    """The settings file, if one is named, with the options instead where they are given. Raises UserError."""
+    config = read_config(arguments.config) if arguments.config else PeerConfig()
+    chosen = {
+        name: value
+        for name in ("home", "device", "dtype", "threads", "micro_batch", "serve", "tracker")
+        if (value := getattr(arguments, name, None)) is not None
+    }
+    return dataclasses.replace(config, **chosen)
