@@ -17,7 +17,8 @@ from typing import Any
 import structlog
 import torch
 
-from peer.aggregator import Aggregator, stored_blob
+from peer.aggregator import Aggregator, demand_room, prepare_amendment, stored_blob
+from peer.amendments import keep_waiting, stored_amendments, with_waiting
 from peer.bootstrap import wait_for_stop
 from peer.core import codec
 from peer.errors import UserCode, UserError
@@ -26,7 +27,7 @@ from peer.find import DHT_TTL_S, AdBook, Finder, sign_ad
 from peer.follow import Follower, stored_head
 from peer.net.directory import DirectoryError
 from peer.net.errors import LinkError
-from peer.net.messages import Aggregators, ReceiptMsg, RoundClosed, WatchEvent
+from peer.net.messages import Aggregators, Amended, ReceiptMsg, RoundClosed, WatchEvent
 from peer.net.service import Handler, Server, serve
 from peer.net.tls import split_address
 from peer.operator import OperatorFolder
@@ -34,12 +35,13 @@ from peer.store import Home, RunFolder, load_key
 from peer.web.board import Live, known_bytes_per_token
 from peer.web.live import live_of
 from peer.web.server import Address, dashboard
+from protocol.amendment import Amendment, Amendments
 from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST, PrivateKey
 from protocol.ledger import RoundRecord
 from protocol.records import Ad
 from protocol.round import Tick, WakeAt
-from protocol.run import SignedRun
+from protocol.run import RunConfig, SignedRun
 from protocol.standby import LEASE_S_MIN, Heard, Recorded, Standby, StandbyEvent, TakeOver
 from protocol.wire import packet_wire_bytes_max
 
@@ -147,6 +149,21 @@ class Copy:
         """Whatever the copy has."""
         return stored_blob(self._signed, self._folder, kind, digest)
 
+    async def amend(self, peer: bytes, data: bytes) -> Amended:
+        """Keep an amendment in case that the leader is lost before its record. Raises ProtocolError."""
+        head, run = stored_head(self._folder), self._signed.config
+        assert head is not None, "nobody is welcome before"
+        named = stored_amendments(self._folder.blobs, Amendments(run), head.amendment)
+        known = with_waiting(self._folder, named, head.round + 1)
+        if data:
+            amendment = Amendment.from_bytes(data, run)
+            if amendment not in known.chain:
+                demand_room(known, head)
+                known = known.bring_in(amendment, head.round + 1)
+                await asyncio.to_thread(prepare_amendment, self._folder, run, amendment)
+                keep_waiting(self._folder, amendment)
+        return Amended(known.head, head.round + 1)
+
     def _closed_event(self) -> RoundClosed:
         head, blobs = stored_head(self._folder), self._folder.blobs
         assert head is not None, "nobody is welcome before"
@@ -176,9 +193,10 @@ class LeaseClock:
         self._led = False
         self._copy.tell(led=False)
 
-    def recorded(self, record: RoundRecord) -> None:
-        """The copy is complete up to this record."""
+    def recorded(self, record: RoundRecord, run: RunConfig) -> None:
+        """The copy is complete up to this record; `run` has the settings of the round after it."""
         self._copy.tell(led=self._led)
+        self._machine.run = run
         self._handle(Recorded(record))
 
     def stop(self) -> None:
@@ -311,7 +329,7 @@ class Station:
         ad = self._ad(int(time.time()) + DHT_TTL_S)
         follower = Follower(run, self._store, self._finder, self._key, ad=ad, plaintext=plaintext, lease=lease)
         if follower.head is not None:
-            lease.recorded(follower.head)
+            lease.recorded(follower.head, follower.settings)
         server = await self._serve(copy)
         try:
             log.info("standing by", run=run.name, port=server.port, round=follower.head.round if follower.head else -1)

@@ -32,6 +32,7 @@ from peer.data.prepare import Dataset, prepare
 from peer.merge import sections_of_update
 from peer.operator import OperatorFolder
 from peer.store import Home, RunFolder, atomic_write
+from protocol.amendment import Amendments
 from protocol.compress import dequantize, to_float32
 from protocol.errors import Code
 from protocol.identity import NO_DIGEST
@@ -80,21 +81,21 @@ class Late(Watched):
 class Strict(Aggregator):
     """It refuses the first peer's packet in one round, and all packets in another."""
 
-    def _settle(self, close: Close) -> tuple[RoundRecord, HeldState]:
+    def _settle(self, close: Close, amendments: Amendments) -> tuple[RoundRecord, HeldState]:
         def refused(submission: Submission, code: Code) -> Submission:
             return dataclasses.replace(submission, verdict=Verdict.REFUSED, code=int(code))
 
         submissions = close.submissions
         if self.round.round == NULL_ROUND:
             nothing = tuple(refused(submission, Code.NO_QUORUM) for submission in submissions)
-            return super()._settle(Close(Kind.NULL, CloseReason.DEADLINE, nothing))
+            return super()._settle(Close(Kind.NULL, CloseReason.DEADLINE, nothing), amendments)
         if self.round.round == REFUSED_ROUND:
             first = peer_key(0).public
             submissions = tuple(
                 refused(submission, Code.TOO_LARGE) if submission.peer == first else submission
                 for submission in submissions
             )
-        return super()._settle(dataclasses.replace(close, submissions=submissions))
+        return super()._settle(dataclasses.replace(close, submissions=submissions), amendments)
 
 
 def bits(tensor: torch.Tensor) -> NDArray[np.uint8]:
