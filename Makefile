@@ -6,6 +6,7 @@
 #   make fix      let ruff format and repair what it can
 #   make fuzz     a million mutated sections under the sanitizers, then packets and updates for four minutes
 #   make chaos    kill, stop, slow and cut off real processes for half an hour, and print figures
+#   make docs     build the documentation's site into build/site
 #   make proto    regenerate peer/net/pb from proto/swarm.proto
 #   make vectors  regenerate protocol/vectors from protocol/cases; `make lint` fails when they differ
 #   make ci       everything that CI runs
@@ -28,7 +29,7 @@ PYTEST := $(PY) -m pytest -n 4 --dist loadfile
 # Arguments for the demo, for example: make demo ARGS="--peers 3"
 ARGS :=
 
-.PHONY: help venv demo check lint test fix fuzz chaos proto vectors ci clean
+.PHONY: help venv demo check lint test fix fuzz chaos docs proto vectors ci clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -86,6 +87,10 @@ fuzz: $(DEV)
 chaos: $(DEV)
 	nice $(PY) -m tests.chaos.long
 
+# mkdocs' own notice about its future is not about this site.
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
 # The mapping makes the generated code a part of the package peer.net.pb; tests/test_generated.py does the same.
 proto: $(DEV)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m grpc_tools.protoc -I peer/net/pb=proto \
@@ -97,6 +102,7 @@ vectors: $(DEV)
 # The tests come last, so that their summary ends the log.
 ci: $(HF)
 	$(MAKE) lint
+	$(MAKE) docs
 	$(MAKE) demo
 	$(PYTEST)
 

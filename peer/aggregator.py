@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -18,19 +19,21 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
+from peer.amendments import describe, keep_waiting, stored_amendments, with_waiting
 from peer.core import codec
 from peer.find import AdBook
 from peer.journal import PacketRow, RecordRow
 from peer.merge import accepted, check_contents, merge_packets
-from peer.net.messages import Aggregators, PacketStored, ReceiptMsg, RoundClosed, RoundOpened, WatchEvent
-from peer.replay import replay
+from peer.net.messages import Aggregators, Amended, PacketStored, ReceiptMsg, RoundClosed, RoundOpened, WatchEvent
+from peer.replay import stored_state
 from peer.store import RunFolder
+from protocol.amendment import Amendment, Amendments, Rollback
 from protocol.arithmetic import weight_of
 from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST, PrivateKey, merkle_root_of_hashes
 from protocol.layout import piece_hashes, state_pieces
 from protocol.ledger import Entry, Kind, RoundRecord, Verdict, check_record, genesis_record, sign_record
-from protocol.limits import CLIP_ONE
+from protocol.limits import AMENDMENTS_PER_RECORD_MAX, CLIP_ONE
 from protocol.packet import PacketHeader, check_claims
 from protocol.round import (
     Accept,
@@ -43,6 +46,7 @@ from protocol.round import (
     Left,
     Refused,
     Reject,
+    RolledBack,
     Submission,
     Tick,
     WakeAt,
@@ -68,6 +72,17 @@ class SupersededError(Exception):
     """Another aggregator leads the run, so this one signs nothing more."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The validation loss of the state after a round, in 1e-6 nats a token."""
+
+    round: int
+    loss_micronats: int
+
+
+_NO_EVALUATION = Evaluation(0, 0)
+
+
 class HeldState:
     """Outer parameters held in memory, cut into the pieces that joiners fetch."""
 
@@ -89,11 +104,12 @@ class Aggregator:
     def __init__(
         self, signed: SignedRun, key: PrivateKey, folder: RunFolder, *, book: AdBook | None = None, epoch: int = 0
     ) -> None:
-        self.run: RunConfig = signed.config
-        self.submit_bytes_max = packet_wire_bytes_max(self.run)
+        self.run: RunConfig = signed.config  # as it was signed; `round.run` has the settings of the open round
         self.finished = asyncio.Event()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.superseded: asyncio.Future[RoundRecord] = asyncio.get_running_loop().create_future()
+        # Whoever measures it puts it here; the next record says it, once.
+        self.evaluation: Evaluation | None = None
         self._book = book or AdBook(signed.config.run_id)
         self._signed = signed
         self._key = key
@@ -108,20 +124,24 @@ class Aggregator:
         ours = self.head.aggregator == key.public
         own_epoch = self.head.epoch if ours else next_epoch(self.run.aggregators, key.public, self.head.epoch)
         self.epoch = max(epoch, own_epoch)
-        self.round = AggregatorRound(
-            self.run,
-            self.head.round + 1,
-            self.head.state_root,
-            self._loop.time(),
-            history=self._history(),
-            taken_up=self._packets_of_open_round(),
-            returning=self._contributors(),
-        )
+        # What the head names, and what waits for the next record.
+        named = stored_amendments(folder.blobs, Amendments(self.run), self.head.amendment)
+        self._amendments = with_waiting(folder, named, self.head.round + 1)
+        self._amending = asyncio.Lock()
+        self._banned = self._amendments.banned_at(self.head.round + 1)
+        self.round = self._first_round()
+        self.submit_bytes_max = packet_wire_bytes_max(self.round.run)
         self._opened_ms, self._opened_s = now_ms(), self._loop.time()
-        if self.head.round >= self.run.outer.rounds:
+        self._closed_ms = self._opened_ms
+        if self._complete:
             self.finished.set()
-        else:
-            self._handle(Tick())
+        elif not self.round.closed:
+            self._start_round()
+
+    @property
+    def state(self) -> NDArray[np.float32]:  # f32[N]
+        """The outer parameters after the round of `head`. They never change: the next round has an array of its own."""
+        return self._states[-1].flat
 
     # What the network asks for
 
@@ -131,6 +151,9 @@ class Aggregator:
 
     async def joined(self, peer: bytes) -> None:
         """A peer watches the rounds."""
+        if peer in self._banned:
+            log.info("banned peer looks on", peer=peer)
+            return
         log.info("peer joined", peer=peer, members=len(self.round.members) + 1)
         self._handle(Joined(peer))
 
@@ -192,6 +215,8 @@ class Aggregator:
         known = self._folder.journal.packet(digest)
         if known is not None and known.verdict is not None:
             return ReceiptMsg(digest, known.verdict == Verdict.ACCEPTED, known.code)
+        if peer in self._banned:
+            return ReceiptMsg(digest, False, Code.BANNED)
         if self.round.holds(peer, digest):
             return ReceiptMsg(digest, True, 0)
         code = self.round.refusal(peer, digest)
@@ -234,6 +259,37 @@ class Aggregator:
             return bytes(piece)
         return stored_blob(self._signed, self._folder, kind, digest)
 
+    async def amend(self, peer: bytes, data: bytes) -> Amended:
+        """Keep the operator's next amendment for the next record. Raises ProtocolError, with a reason for people."""
+        self._demand_the_lead()
+        if data:
+            # One at a time, for each follows from the one before.
+            async with self._amending:
+                await self._take_amendment(Amendment.from_bytes(data, self.run))
+        return Amended(self._amendments.head, self._next_record)
+
+    @property
+    def _next_record(self) -> int:
+        """The round whose record brings in an amendment that comes now."""
+        return self.round.round + 1 if self.round.closed else self.round.round
+
+    async def _take_amendment(self, amendment: Amendment) -> None:
+        if amendment in self._amendments.chain:
+            return
+        if self.finished.is_set():
+            raise ProtocolError(Code.BAD_AMENDMENT, "the run is complete: no record is left that could bring it in")
+        demand_room(self._amendments, self.head)
+        self._amendments.bring_in(amendment, self._next_record)
+        await asyncio.to_thread(prepare_amendment, self._folder, self.run, amendment)
+        # A round may have closed meanwhile. From here on nothing comes in between.
+        longer = self._amendments.bring_in(amendment, self._next_record)
+        self._demand_the_lead()
+        keep_waiting(self._folder, amendment)
+        self._amendments = longer
+        log.info("amendment", number=amendment.number, says=describe(amendment), digest=amendment.digest)
+        if self._idle:
+            self._open_next()
+
     async def close(self) -> None:
         """Stop timers and let a merge under way finish."""
         if self._timer is not None:
@@ -260,8 +316,9 @@ class Aggregator:
                     self._timer = self._loop.call_at(effect.at_s, self._tick)
                 case Close():
                     # The wall clock may jump while a round is open, and peers learn from how long rounds take.
-                    closed_ms = self._opened_ms + round(1000 * (self._loop.time() - self._opened_s))
-                    task = self._loop.create_task(self._close_round(effect, closed_ms))
+                    self._closed_ms = self._opened_ms + round(1000 * (self._loop.time() - self._opened_s))
+                    # What comes from here on is for the record after this one.
+                    task = self._loop.create_task(self._close_round(effect, self._amendments))
                     self._tasks.add(task)
                     task.add_done_callback(self._closed_task)
         return receipts
@@ -276,8 +333,8 @@ class Aggregator:
         if error is not None and not isinstance(error, SupersededError) and not self.failed.done():
             self.failed.set_exception(error)
 
-    async def _close_round(self, close: Close, closed_ms: int) -> None:
-        record, state = await asyncio.to_thread(self._settle, close, closed_ms)
+    async def _close_round(self, close: Close, amendments: Amendments) -> None:
+        record, state = await asyncio.to_thread(self._settle, close, amendments)
         self.head = record
         if state is not self._states[-1]:
             self._states.append(state)
@@ -292,14 +349,50 @@ class Aggregator:
             state_root=record.state_root.hex(),
         )
         self._broadcast(self._closed_event())
-        if record.round >= self.run.outer.rounds:
+        self._open_next()
+
+    @property
+    def _complete(self) -> bool:
+        """Whether the last round of the run has its record."""
+        return self.head.round >= self._amendments.config_at(self.head.round + 1).outer.rounds
+
+    @property
+    def _idle(self) -> bool:
+        """Whether no round is open or being closed, for the operator has paused the run."""
+        return self.round.closed and self.head.round == self.round.round and not self.finished.is_set()
+
+    def _open_next(self) -> None:
+        """Open the round after the head's, unless the run is complete or paused."""
+        number, head = self.head.round + 1, self.head
+        if self._complete:
             self.finished.set()
-            log.info("run complete", rounds=record.round, state_root=record.state_root.hex())
+            log.info("run complete", rounds=head.round, state_root=head.state_root.hex())
             return
-        self.round = self.round.next(record.state_root, self._loop.time())
+        if self._amendments.paused_at(number):
+            log.info("paused", round=number)
+            return
+        self._ban(self._amendments.banned_at(number))
+        run = self._amendments.config_at(number)
+        self.round = self.round.next(run, head.state_root, self._loop.time())
+        self.submit_bytes_max = packet_wire_bytes_max(run)
         self._opened_ms, self._opened_s = now_ms(), self._loop.time()
+        self._start_round()
+
+    def _start_round(self) -> None:
+        """Let the round that was made begin; where the operator takes the run back it ends at once."""
+        if self._amendments.rollback_at(self.round.round) is not None:
+            self._handle(RolledBack())
+            return
         self._broadcast(self._opened_event())
         self._handle(Tick())
+
+    def _ban(self, banned: frozenset[bytes]) -> None:
+        """Before a round opens: nobody awaits the packets of banned peers, and those who may send again are awaited."""
+        for peer in banned & self.round.members:
+            self._handle(Left(peer))
+        for peer in (self._banned - banned) & self._watchers.keys():
+            self._handle(Joined(peer))
+        self._banned = banned
 
     def _now(self) -> list[WatchEvent]:
         """Where other aggregators are, the head (its round may have closed since the welcome), and the open round."""
@@ -314,7 +407,7 @@ class Aggregator:
 
     def _opened_event(self) -> RoundOpened:
         left_s = max(0.0, self.round.deadline_at_s - self._loop.time())
-        return RoundOpened(self.round.round, self.round.base_root, self.run.inner.steps, left_s)
+        return RoundOpened(self.round.round, self.round.base_root, self.round.run.inner.steps, left_s)
 
     def _closed_event(self) -> RoundClosed:
         blobs, head = self._folder.blobs, self.head
@@ -328,7 +421,7 @@ class Aggregator:
 
     def _check_and_keep(self, peer: bytes, digest: bytes, data: bytes | Path, round: AggregatorRound) -> PacketHeader:
         raw = data if isinstance(data, bytes) else data.read_bytes()
-        packet = packet_from_wire(raw, self.run)
+        packet = packet_from_wire(raw, round.run)
         header = packet.header
         if header.digest != digest:
             raise ProtocolError(Code.WRONG_DIGEST, "the bytes are another packet than the one announced")
@@ -336,21 +429,26 @@ class Aggregator:
             raise ProtocolError(Code.NOT_A_MEMBER, "the packet was made by another peer than the one that sends it")
         if header.round < round.round:
             raise ProtocolError(Code.LATE, f"round {header.round} has closed")
-        check_claims(packet, self.run, round=round.round, base_root=round.base_root)
-        check_contents(packet, self.run)
+        check_claims(packet, round.run, round=round.round, base_root=round.base_root)
+        check_contents(packet, round.run)
         self._folder.blobs.put("packet", digest.hex(), raw)
         row = PacketRow(digest, header.round, peer, header.tokens, header.inner_steps, now_ms())
         self._folder.journal.add_packet(row)
         return header
 
-    def _settle(self, close: Close, closed_ms: int) -> tuple[RoundRecord, HeldState]:
+    def _settle(self, close: Close, amendments: Amendments) -> tuple[RoundRecord, HeldState]:
         """Merge, apply, write the update, the record and now and then the state; all durable on return."""
         state, update_digest = self._states[-1], NO_DIGEST
         entries = tuple(self._entry(submission) for submission in close.submissions)
         if close.kind == Kind.APPLIED:
             state, update_digest = self._merge(accepted(entries))
+        elif close.kind == Kind.ROLLBACK:
+            to_round = amendments.rollback_at(self.round.round)
+            assert to_round is not None, "the amendments say so"
+            state = HeldState(stored_state(self._folder, self.run, to_round))
         if self.superseded.done():
             raise SupersededError
+        evaluation = self._take_evaluation()
         record = sign_record(
             RoundRecord(
                 run_id=self.run.run_id,
@@ -362,14 +460,17 @@ class Aggregator:
                 state_root=state.root,
                 update_digest=update_digest,
                 opened_ms=self._opened_ms,
-                closed_ms=closed_ms,
+                closed_ms=self._closed_ms,
                 entries=entries,
+                amendment=amendments.head,
+                evaluated_round=evaluation.round,
+                loss_micronats=evaluation.loss_micronats,
             ),
             self._key,
         )
-        snapshot = is_snapshot_round(self.run, record.round)
+        snapshot = is_snapshot(record, amendments)
         if snapshot:
-            save_snapshot(self._folder, self.run, state.flat, record.round)
+            save_snapshot(self._folder, amendments, state.flat, record.round)
         append_record(self._folder, record)
         if record.kind == Kind.APPLIED:
             self._choose_form(record)
@@ -378,19 +479,27 @@ class Aggregator:
             self._folder.forget(keep_rounds=KEEP_ROUNDS, blob_bytes_max=BLOB_BYTES_MAX)
         return record, state
 
+    def _take_evaluation(self) -> Evaluation:
+        """What was measured of an earlier state since the last record, or nothing."""
+        evaluation = self.evaluation
+        if evaluation is None or not 0 <= evaluation.round < self.round.round or evaluation.loss_micronats <= 0:
+            return _NO_EVALUATION
+        self.evaluation = None
+        return evaluation
+
     def _merge(self, entries: Sequence[Entry]) -> tuple[HeldState, bytes]:
         packets = []
         for entry in entries:
-            packet = packet_from_wire(self._stored_packet(entry), self.run)
+            packet = packet_from_wire(self._stored_packet(entry), self.round.run)
             # A second time, for what lay on a disk may have rotted there.
-            check_claims(packet, self.run, round=self.round.round, base_root=self.round.base_root)
+            check_claims(packet, self.round.run, round=self.round.round, base_root=self.round.base_root)
             packets.append(packet)
-        sections = merge_packets(packets, entries, self.run)
+        sections = merge_packets(packets, entries, self.round.run)
         flat = self._states[-1].flat.copy()
-        codec.outer_step(torch.from_numpy(flat), self.run.layout, sections)
+        codec.outer_step(torch.from_numpy(flat), self.round.run.layout, sections)
         state = HeldState(flat)
-        update = make_update(self.run, self.round.round, self.round.base_root, state.root, sections)
-        self._folder.blobs.put("update", update.header.digest.hex(), update_to_wire(update, self.run))
+        update = make_update(self.round.run, self.round.round, self.round.base_root, state.root, sections)
+        self._folder.blobs.put("update", update.header.digest.hex(), update_to_wire(update, self.round.run))
         return state, update.header.digest
 
     def _choose_form(self, record: RoundRecord) -> None:
@@ -428,7 +537,7 @@ class Aggregator:
             submission.code,
             submission.tokens,
             submission.inner_steps,
-            weight_of(submission.tokens, self.run.nominal_tokens) if accepted else 0,
+            weight_of(submission.tokens, self.round.run.nominal_tokens) if accepted else 0,
             CLIP_ONE if accepted else 0,
         )
 
@@ -447,10 +556,31 @@ class Aggregator:
         log.info("continuing", round=row.round, state_root=row.state_root.hex())
         return RoundRecord.from_bytes(row.data)
 
+    def _first_round(self) -> AggregatorRound:
+        """The round after the head's; while the run is paused the head's, which has closed."""
+        head, now_s, history = self.head, self._loop.time(), self._history()
+        run = self._amendments.config_at(head.round + 1)
+        if self._amendments.paused_at(head.round + 1):
+            log.info("paused", round=head.round + 1)
+            closed = AggregatorRound(run, head.round, head.state_root, now_s, history=history)
+            closed.closed = True
+            return closed
+        return AggregatorRound(
+            run,
+            head.round + 1,
+            head.state_root,
+            now_s,
+            history=history,
+            taken_up=self._packets_of_open_round(),
+            returning=self._contributors() - self._banned,
+        )
+
     def _packets_of_open_round(self) -> list[Arrived]:
         """Packets that had their receipts before a crash still count."""
         rows = self._folder.journal.packets(self.head.round + 1)
-        return [Arrived(row.peer, row.digest, row.tokens, row.inner_steps) for row in rows]
+        return [
+            Arrived(row.peer, row.digest, row.tokens, row.inner_steps) for row in rows if row.peer not in self._banned
+        ]
 
     def _contributors(self) -> frozenset[bytes]:
         """Whose packets counted in the last round in which any did: they are expected back."""
@@ -488,7 +618,7 @@ def stored_blob(signed: SignedRun, folder: RunFolder, kind: str, digest: bytes) 
         case "record":
             row = folder.journal.record_by_digest(digest)
             return None if row is None else row.data
-        case "packet" | "update" | "bundle":
+        case "packet" | "update" | "bundle" | "amendment":
             return folder.blobs.path(kind, digest.hex())
         case "state":
             return folder.states.hashes(digest)
@@ -505,27 +635,53 @@ def append_record(folder: RunFolder, record: RoundRecord) -> None:
     folder.journal.close_round(row, verdicts)
 
 
-def is_snapshot_round(run: RunConfig, round: int) -> bool:
-    """Whether the state after this round is kept."""
-    return round % SNAPSHOT_ROUNDS == 0 or round >= run.outer.rounds
+def demand_room(amendments: Amendments, head: RoundRecord) -> None:
+    """Raise ProtocolError BUSY when the next record cannot bring in one more amendment."""
+    if len(amendments.after(head.amendment)) >= AMENDMENTS_PER_RECORD_MAX:
+        raise ProtocolError(Code.BUSY, f"{AMENDMENTS_PER_RECORD_MAX} amendments wait for the next record already")
 
 
-def save_snapshot(folder: RunFolder, run: RunConfig, flat: NDArray[np.float32], round: int) -> None:  # flat: f32[N]
+def prepare_amendment(folder: RunFolder, run: RunConfig, amendment: Amendment) -> None:
+    """Keep the state to which an amendment takes the run back; others need no preparation.
+
+    Raises ProtocolError BAD_AMENDMENT when that state cannot be had here.
+    """
+    action = amendment.action
+    if not isinstance(action, Rollback):
+        return
+    row = folder.journal.record(action.to_round)
+    if row is None:
+        raise ProtocolError(Code.BAD_AMENDMENT, f"round {action.to_round} has not closed yet")
+    try:
+        flat = stored_state(folder, run, action.to_round)
+    except ProtocolError as error:
+        reason = f"the state after round {action.to_round} cannot be made any more: {error.detail}"
+        raise ProtocolError(Code.BAD_AMENDMENT, reason) from None
+    folder.states.save(flat, run.layout, {"run": run.name, "round": str(action.to_round)})
+
+
+def is_snapshot(record: RoundRecord, amendments: Amendments) -> bool:
+    """Whether the state after this record's round is kept: of every tenth, of the last, and after a rollback."""
+    last = amendments.config_at(record.round + 1).outer.rounds
+    return record.round % SNAPSHOT_ROUNDS == 0 or record.round >= last or record.kind == Kind.ROLLBACK
+
+
+def save_snapshot(
+    folder: RunFolder,
+    amendments: Amendments,
+    flat: NDArray[np.float32],  # f32[N]
+    round: int,
+) -> None:
     """Keep the state after a round, whose record comes next, and forget the oldest one."""
-    states, journal = folder.states, folder.journal
+    states, journal, run = folder.states, folder.journal, amendments.run
     root = states.save(flat, run.layout, {"run": run.name, "round": str(round)})
     first = max(0, round - SNAPSHOT_ROUNDS * SNAPSHOTS_KEPT)
     recent = {row.state_root for row in journal.records(first, round)}
-    states.keep({run.genesis_root, root, *recent})
-
-
-def stored_state(folder: RunFolder, run: RunConfig, round: int) -> NDArray[np.float32]:  # f32[N]
-    """The state after a round, from the newest stored one before it and the updates since."""
-    start = round
-    while not folder.states.has(folder.journal.records(start, start)[0].state_root):
-        start -= 1
-    _, flat = deque(replay(folder, run, start, round), maxlen=1).pop()
-    return flat
+    ahead = [
+        item.action.to_round for item in amendments.chain if isinstance(item.action, Rollback) and item.round > round
+    ]
+    targets = {row.state_root for to_round in ahead for row in journal.records(to_round, to_round)}
+    states.keep({run.genesis_root, root, *recent, *targets})
 
 
 def now_ms() -> int:

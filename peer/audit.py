@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from peer import locate
+from peer.amendments import follow, stored_amendments
 from peer.audit_packets import Made, PacketsOfRound
 from peer.audit_report import Finding, Report
 from peer.core import codec
@@ -25,7 +26,8 @@ from peer.errors import UserCode, UserError, os_errors
 from peer.locate import Place
 from peer.merge import accepted, sections_of_update
 from peer.stored import Stored, find_stores
-from protocol.errors import ProtocolError
+from protocol.amendment import Amendments, check_rollback
+from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST, digest, merkle_root
 from protocol.layout import piece_hashes, state_root
 from protocol.ledger import Kind, RoundRecord, check_link, check_record
@@ -84,6 +86,7 @@ class _Audit:
             )
         self._compared: set[bytes] = set()
         self._flat: Flat | None = None  # the parameters after the round before, None when they cannot be known
+        self._amendments = Amendments(self.run_config)  # by the record of the round before
 
     def run(self) -> Report:
         report, began_s = self.report, time.monotonic()
@@ -104,28 +107,37 @@ class _Audit:
     # The state before the first round
 
     def _begin(self) -> RoundRecord | None:
-        """Get the parameters and the record of the round before the first, by a stored state and the updates since."""
+        """Get the record of the round before the first, its amendments and the parameters after it."""
         before = self.report.first - 1
         if before < 0:
             flat = self._stored(self.run_config.genesis_root)
             self._flat = flat if flat is not None else self._genesis()
             return None
+        self._flat = self._state_after(before)
+        record = self._peek(before)
+        if record is not None:
+            self._amendments = self._chain(record)
+        return record
+
+    def _state_after(self, last: int) -> Flat | None:
+        """The parameters after a round, by a stored state and the updates since; None when nothing leads to them."""
         records: list[RoundRecord] = []
-        flat = None
-        for round in range(before, -1, -1):
+        flat, round = None, last
+        while flat is None and round >= 0:
             record = self._peek(round)
-            if record is None or (records and records[-1].previous != record.digest):
+            before = records[-1] if records else None
+            if record is None or (before and before.kind != Kind.ROLLBACK and before.previous != record.digest):
                 break
             records.append(record)
             flat = self._stored(record.state_root)
             if flat is None and round == 0:
                 flat = self._genesis()
-            if flat is not None:
-                break
+            # The way to the state of a rollback leads by way of the round to which it goes back.
+            same = self.store.rounds_of(record.state_root) if record.kind == Kind.ROLLBACK else []
+            round = min((other for other in same if other < round), default=round - 1)
         for base, record in pairwise(reversed(records)):
             flat = None if flat is None else self._follow(flat, record, base.state_root)
-        self._flat = flat
-        return records[0] if records else None
+        return flat
 
     def _peek(self, round: int) -> RoundRecord | None:
         row = self.store.record(round)
@@ -149,7 +161,7 @@ class _Audit:
 
     def _follow(self, flat: Flat, record: RoundRecord, base_root: bytes) -> Flat | None:
         """Apply the update of a record, stored or made from its packets; None when neither leads to its state."""
-        run, sections = self.run_config, None
+        run, sections = self._chain(record).config_at(record.round), None
         if record.update_digest != NO_DIGEST:
             raw = self.store.blobs.get("update", record.update_digest.hex())
             with suppress(ProtocolError):
@@ -175,8 +187,10 @@ class _Audit:
         if not known and round:
             what = f"the parameters before round {round}"
             self._find(round, what, "they are not here, nor what leads to them", self.store.states.folder, missing=True)
+        self._amend(record, previous)
         base_root = previous.state_root if previous is not None else self._base_root(record)
-        made = PacketsOfRound(self.store, self.run_config, record, base_root, report).check()
+        run = self._amendments.config_at(round)
+        made = PacketsOfRound(self.store, run, record, base_root, report).check()
         sections = self._update(record, base_root, made)
         self._bundle(record, made)
         self._apply(record, sections)
@@ -185,6 +199,40 @@ class _Audit:
             report.recomputed += 1
             report.state_root = record.state_root.hex()
         return record
+
+    # Amendments
+
+    def _chain(self, record: RoundRecord) -> Amendments:
+        """The amendments that a record names, or those that are known where some are not here."""
+        try:
+            return stored_amendments(self.store.blobs, self._amendments, record.amendment)
+        except ProtocolError:
+            return self._amendments
+
+    def _amend(self, record: RoundRecord, previous: RoundRecord | None) -> None:
+        """Bring in the amendments that a record names, and check that it keeps to all of them."""
+        what, folder = f"the amendments of round {record.round}", self.store.blobs.folder / "amendment"
+        before = self._amendments
+        try:
+            newest = stored_amendments(self.store.blobs, before, record.amendment)
+        except ProtocolError as error:
+            paths = (path for path in sorted(folder.glob("*/*")) if _is_damaged(path))
+            missing = error.code == Code.NOT_FOUND
+            self._find(record.round, what, f"{error.code.name}: {error.detail}", next(paths, folder), missing=missing)
+            return
+        try:
+            if previous is not None or record.round == 0:
+                follow(before, record, newest)
+            else:
+                newest.check(record)
+            to_round = newest.rollback_at(record.round)
+            target = None if to_round is None else self._peek(to_round)
+            if target is not None:
+                check_rollback(record, target)
+        except ProtocolError as error:
+            self._find(record.round, what, f"{error.code.name}: {error.detail}", self.store.journal)
+        self.report.amendments += len(newest.chain) - len(before.chain)
+        self._amendments = newest
 
     def _base_root(self, record: RoundRecord) -> bytes:
         """The state root before a round whose predecessor is not here: what its own packets say."""
@@ -284,6 +332,12 @@ class _Audit:
     def _apply(self, record: RoundRecord, sections: Sequence[bytes] | None) -> None:
         """Take the parameters on to the state after the round."""
         flat = self._flat
+        if record.kind == Kind.ROLLBACK:
+            to_round = self._amendments.rollback_at(record.round)
+            self._flat = flat = None if to_round is None else self._state_after(to_round)
+            if flat is None:
+                what, why = f"the parameters after round {record.round}", "the state that they go back to is not here"
+                self._find(record.round, what, why, self.store.states.folder, missing=True)
         if flat is not None and sections is not None:
             if sections:
                 codec.outer_step(torch.from_numpy(flat), self.run_config.layout, sections)
@@ -351,3 +405,9 @@ def _read_update(
     except ProtocolError as error:
         return None, Place("its sections", -1, "an update", f"{error.code.name} ({error.detail})")
     return sections, None
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether an amendment's file does not hold what its name says."""
+    with os_errors(path):
+        return digest("amendment", path.read_bytes()).hex() != path.name

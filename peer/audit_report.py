@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-_KINDS = ("records", "packets", "updates", "bundles", "states")
+_KINDS = ("records", "packets", "updates", "bundles", "states", "amendments")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Report:
     updates: int = 0
     bundles: int = 0
     states: int = 0
+    amendments: int = 0
     seconds: float = 0.0
     state_root: str = ""
     findings: list[Finding] = field(default_factory=list)

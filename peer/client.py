@@ -3,43 +3,54 @@
 `ReplicaRound` decides what is done next; this program performs it: inner steps and merges in threads, bytes over the
 link. It only ever dials out, unless it is told to serve others, and it goes on by itself through a restart of the
 aggregator or a lost connection. Its replica is stored before each packet is sent, so a peer that is killed goes on from
-there when it is started again.
+there when it is started again. Its owner's wishes (peer.controls) decide whether it may train: while it may not, it
+follows the rounds without being awaited. Told to finish, it sends what it has, waits for the receipt and leaves.
 """
 
 import asyncio
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from peer import keep
-from peer.bootstrap import wait_for_stop
 from peer.config import PeerConfig
-from peer.core import codec
-from peer.core.device import pick_device, pick_dtype, set_threads
+from peer.connection import FIRST_PATIENCE_S, Connection
+from peer.controls import Controls
 from peer.core.replica import Replica, Trained
-from peer.data.prepare import Dataset, prepare
+from peer.data.prepare import Dataset
 from peer.download import StateLoader
-from peer.errors import UserCode, UserError
-from peer.find import DHT_TTL_S, Finder, Place
-from peer.merge import accepted, sections_of_bundle, sections_of_update
-from peer.net.errors import LinkError, LinkFailure
+from peer.equip import demand_room, equip
+from peer.find import DHT_TTL_S, Finder
+from peer.merge import accepted
+from peer.net.errors import LinkError
 from peer.net.link import Link
-from peer.net.messages import RoundClosed, RoundOpened
+from peer.net.messages import RoundClosed, RoundEvent, RoundOpened
 from peer.net.service import Server
+from peer.net.throttle import Traffic
+from peer.phases import DOWNLOAD, FIND, FIRST_ACCEPTED, FIRST_STEP, REPLAY, VERIFY, Phases
 from peer.serving import Donor, serve_others
+from peer.sources import state_loader
 from peer.store import Home, RunFolder, load_or_make_key
-from peer.telemetry import Progress, Telemetry
+from peer.telemetry import Telemetry
+from peer.totals import Totals
+from peer.training import Trainer
+from peer.updates import Updates
+from peer.view import View
 from protocol.errors import Code, ProtocolError
-from protocol.identity import NO_DIGEST, PrivateKey
+from protocol.identity import NO_DIGEST
 from protocol.invite import Invite
 from protocol.ledger import RoundRecord, check_record
 from protocol.limits import RECORD_BYTES_MAX, RUN_BYTES_MAX
 from protocol.packet import make_packet
 from protocol.round import (
+    RESENDABLE,
     Alarm,
     Applied,
     ApplyUpdate,
@@ -67,32 +78,24 @@ from protocol.round import (
     WakeAt,
 )
 from protocol.run import RunConfig, SignedRun
-from protocol.wire import bundle_bytes_max, packet_to_wire, update_wire_bytes_max
+from protocol.wire import packet_to_wire
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
-FIRST_PATIENCE_S = 30.0  # how long the very first connection is tried before the user is told
-BACKOFF_S_MIN = 1.0
-BACKOFF_S_MAX = 30.0
 ANNOUNCE_S = DHT_TTL_S / 3
-LEAVE_S = 4.0  # Ctrl+C answers within five seconds
-
-
-@dataclass
-class Totals:
-    """What this peer has done since it was started."""
-
-    rounds: int = 0
-    accepted: int = 0
-    tokens: int = 0
-    steps_ahead: int = 0
-    bytes_up: int = 0
-    update_bytes: int = 0
-    bundle_bytes: int = 0
-    sent_values: int = 0
-    inner_s: float = 0.0
-    began_s: float | None = None
-    loss: float | None = None
+LEAVE_S = 4.0  # for whatever is under way when it is time to leave
+INTERRUPT_S = 6.0  # Ctrl+C gives the packet so long to arrive
+FINISH_S = 300.0  # `finish` is not in such a hurry
+WAITING = "waiting for the others"
+_ACTIVITIES = {
+    TrainInner: "training",
+    MakePacket: "making the packet",
+    Send: "sending the packet",
+    ApplyUpdate: "taking the update",
+    LoadState: "fetching the parameters",
+    CatchUp: "catching up",
+}
 
 
 @dataclass
@@ -100,19 +103,7 @@ class _Packet:
     digest: bytes
     wire: bytes
     values: int
-
-
-_Fetched = tuple[str, int, Sequence[bytes]]  # the form, its bytes, and the update's sections
-
-_NOTHING: _Fetched = ("nothing", 0, ())
-
-
-@dataclass(frozen=True)
-class _Offer:
-    """A bundle that the aggregator offers for the newest record, because it is smaller than the update."""
-
-    record_digest: bytes
-    size: int
+    answered: bool = False
 
 
 class Client:
@@ -128,19 +119,24 @@ class Client:
         *,
         plaintext: bool = False,
         patience_s: float = FIRST_PATIENCE_S,
+        began_s: float | None = None,
     ) -> None:
+        """`stop` ends it at once, `finish` when its packet is sent; `began_s` is when its user started it."""
         self._invite, self._home, self._config = invite, home, config
         self._telemetry, self._stop, self._plaintext = telemetry, stop, plaintext
         self._patience_s = patience_s
         self._key = load_or_make_key(home.key_path)
         self._inbox: asyncio.Queue[ReplicaEvent] = asyncio.Queue()
-        self._link: Link | None = None
-        self._jobs: set[asyncio.Task[None]] = set()
+        self._jobs: dict[asyncio.Task[None], ReplicaEffect] = {}
         self._stop_inner = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._packet: _Packet | None = None
-        self._offer: _Offer | None = None
-        self._prefetched: tuple[bytes, asyncio.Task[_Fetched]] | None = None
+        self._traffic = Traffic()
+        self._controls = Controls(home, config.limits, self._traffic, self._wishes_changed)
+        self._phases = Phases(time.monotonic() if began_s is None else began_s, telemetry.say)
+        self._view = View(telemetry.console, self._phases, self._traffic)
+        self._nudge = asyncio.Event()  # wakes who waits for the owner's leave to train
+        self._round_over = self._finishing = self._driving = False
         self._totals = Totals()
         self._crash: BaseException | None = None
         # Set by `join` once the run is known.
@@ -149,86 +145,161 @@ class Client:
         self._data: Dataset
         self._replica: Replica
         self._machine: ReplicaRound
-        self._progress: Progress
+        self._trainer: Trainer
         self._loader: StateLoader
+        self._connection: Connection
+        self._updates: Updates
         self._donor: Donor | None = None
         self._server: Server | None = None
         self._certificate_sha256 = NO_DIGEST
 
     async def join(self) -> Totals:
         """Take part until the run is complete or `stop` is set. Raises UserError or ProtocolError."""
-        finder = await Finder.open(self._invite, self._home)
+        self._telemetry.listener = self._view.heard
+        watch = asyncio.create_task(self._controls.watch())
+        watch.add_done_callback(self._job_done)
         try:
-            link = await self._first_link(finder)
+            with self._view:
+                await self._unless_stopped(self._allowance())
+                if not self._stop.is_set():
+                    # Not given up half-way, lest the directory's daemon stays behind.
+                    await self._join(await Finder.open(self._invite, self._home))
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            self._telemetry.listener = None
+        if self._crash is not None:
+            raise self._crash
+        return self._totals
+
+    async def _join(self, finder: Finder) -> None:
+        self._connection = Connection(
+            finder, self._key, self._stop, self._traffic, plaintext=self._plaintext, patience_s=self._patience_s
+        )
+        try:
+            link = await self._unless_stopped(self._connection.first())
+            if link is None:
+                return
+            self._phases.over(FIND)
             try:
-                await self._prepare(link, finder)
+                await self._unless_stopped(self._prepare(link, finder))
             except BaseException:
                 await link.close()
                 raise
-            with self._telemetry.progress(self.run.outer.rounds, self.run.inner.steps) as self._progress:
-                keeper = asyncio.create_task(self._keep_link(link, finder))
-                herald = asyncio.create_task(self._announce(finder))
-                try:
-                    await self._drive(keeper)
-                finally:
-                    herald.cancel()
-                    await asyncio.gather(herald, return_exceptions=True)
-                    await self._leave(keeper)
+            if self._stop.is_set():
+                await link.close()
+                return
+            self._phases.over(VERIFY)
+            await self._take_part(link, finder)
         finally:
             await finder.close()
-        return self._totals
+
+    async def _take_part(self, link: Link, finder: Finder) -> None:
+        """Follow the rounds from here on, until the end or the time to leave."""
+        self._driving = True
+        self._wishes_changed()
+        keeper = asyncio.create_task(self._connection.keep(link, self))
+        herald = asyncio.create_task(self._announce(finder))
+        sense = asyncio.create_task(self._view.sense(self._replica.device.type))
+        try:
+            await self._drive(keeper)
+        finally:
+            for task in (herald, sense):
+                task.cancel()
+            await asyncio.gather(herald, sense, return_exceptions=True)
+            await self._leave(keeper)
+
+    async def _unless_stopped(self, work: Coroutine[None, None, T]) -> T | None:
+        """Do this, or give it up when it is time to leave."""
+        task, stopped = asyncio.ensure_future(work), asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            for each in (task, stopped):
+                each.cancel()
+            await asyncio.gather(task, stopped, return_exceptions=True)
+
+    # The owner's wishes
+
+    def finish(self, patience_s: float) -> None:
+        """Stop training after the step under way, send what was done, wait for its receipt, and leave by then."""
+        first, self._finishing = not self._finishing, True
+        asyncio.get_running_loop().call_later(patience_s, self._stop.set)
+        if not self._driving:
+            self._stop.set()
+        elif first:
+            log.info("finishing", before_leaving=self._unfinished() or "nothing", at_most_s=patience_s)
+            self._stop_training()
+            self._post(Tick())
+
+    def _unfinished(self) -> str:
+        """What is still to be done before this peer may leave; "" when nothing is."""
+        if any(isinstance(effect, TrainInner) for effect in self._jobs.values()):
+            return "the inner step under way ends, and the packet is sent"
+        unsent = self._packet is not None and not self._packet.answered and self._connection.stands
+        busy = any(isinstance(effect, MakePacket | Send) for effect in self._jobs.values())
+        return "the packet is sent" if busy or unsent else ""
+
+    def _wishes_changed(self) -> None:
+        """Act on what the owner or the machine itself lets this peer do now."""
+        hold = self._controls.hold
+        if self._driving:
+            self._trainer.share = self._controls.limits.share
+            offline = hold is not None and hold.offline
+            self._connection.go_offline(offline)
+            if self._donor is not None:
+                self._donor.resting = offline
+            if hold is None:
+                self._connection.observe(False)
+            else:
+                self._stop_inner.set()
+        self._nudge.set()
+        if self._controls.finish:
+            self.finish(FINISH_S)
+
+    async def _allowance(self) -> None:
+        """Wait while nothing may travel."""
+        while self._controls.hold is not None and self._controls.hold.offline:
+            self._nudge.clear()
+            await self._nudge.wait()
+
+    async def _may_train(self, ahead: bool) -> bool:
+        """Wait for the owner's leave to train. False when the round is over first, or it is not worth the wait."""
+        while self._controls.hold is not None and not self._ends() and not ahead:
+            # The rounds need not wait for us.
+            self._connection.observe(True)
+            self._nudge.clear()
+            await self._nudge.wait()
+        return self._controls.hold is None and not self._ends()
+
+    def _ends(self) -> bool:
+        return self._round_over or self._finishing or self._stop.is_set()
+
+    def _stop_training(self) -> None:
+        self._stop_inner.set()
+        self._nudge.set()
 
     # The link
 
-    async def _first_link(self, finder: Finder) -> Link:
-        """Connect, or say when patience runs out why that is impossible."""
-        began_s, wait_s = time.monotonic(), BACKOFF_S_MIN
-        while True:
-            try:
-                return await self._open_link(finder)
-            except LinkError as error:
-                if not error.retryable or time.monotonic() - began_s + wait_s > self._patience_s or self._stop.is_set():
-                    raise as_user_error(error) from error
-                log.warning("no aggregator yet", why=error.reason, retry_in_s=wait_s)
-            await wait_for_stop(self._stop, wait_s)
-            wait_s = min(2 * wait_s, BACKOFF_S_MAX)
+    def connected(self, head_record: bytes) -> None:
+        """A link stands, and its aggregator's newest record is this one. Raises ProtocolError."""
+        self._post(Connected(self._checked(head_record)))
 
-    async def _open_link(self, finder: Finder) -> Link:
-        """Join an aggregator, wherever the finder finds one. Raises LinkError or ProtocolError."""
-        return await finder.connect(self._key, plaintext=self._plaintext)
+    def heard(self, event: RoundEvent) -> None:
+        """A round opened or closed. Raises ProtocolError."""
+        match event:
+            case RoundOpened():
+                self._view.opened(event.closes_in_s)
+                self._post(Opened(event.round, event.base_root, event.inner_steps, event.closes_in_s))
+            case RoundClosed():
+                record = self._checked(event.record)
+                self._updates.note(event, record)
+                self._post(Recorded((record,)))
 
-    async def _keep_link(self, link: Link, finder: Finder) -> None:
-        """Feed the machine from the link, and make a new one whenever it breaks."""
-        wait_s = BACKOFF_S_MIN
-        while not self._stop.is_set():
-            self._link = link
-            try:
-                self._post(Connected(self._checked(link.head_record)))
-                async for event in link.watch():
-                    wait_s = BACKOFF_S_MIN
-                    match event:
-                        case RoundOpened():
-                            self._post(Opened(event.round, event.base_root, event.inner_steps, event.closes_in_s))
-                        case RoundClosed():
-                            record = self._checked(event.record)
-                            self._offer = self._offer_of(event, record)
-                            self._post(Recorded((record,)))
-                reason = "the aggregator ended the connection"
-            except (LinkError, ProtocolError) as error:
-                reason = str(error)
-            self._link = None
-            self._post(Lost(reason))
-            await link.close()
-            log.warning("connection lost", why=reason)
-            while not self._stop.is_set():
-                await wait_for_stop(self._stop, wait_s)
-                wait_s = min(2 * wait_s, BACKOFF_S_MAX)
-                try:
-                    link = await self._open_link(finder)
-                    log.info("connected again", address=link.address)
-                    break
-                except (LinkError, ProtocolError) as error:
-                    log.warning("no aggregator", why=str(error), retry_in_s=wait_s)
+    def lost(self, reason: str) -> None:
+        """The link is gone."""
+        self._post(Lost(reason))
 
     async def _announce(self, finder: Finder) -> None:
         """Show this peer in the directory for as long as it takes part."""
@@ -244,13 +315,6 @@ class Client:
         check_record(record, self.run)
         return record
 
-    def _offer_of(self, event: RoundClosed, record: RoundRecord) -> _Offer | None:
-        """The bundle that saves bytes, if there is one whose packets fit into the memory that any update may need."""
-        size_max = bundle_bytes_max(self.run, len(accepted(record.entries)))
-        smaller = 0 < event.bundle_bytes < event.update_bytes and event.bundle_bytes <= size_max
-        fits = size_max <= update_wire_bytes_max(self.run)
-        return _Offer(record.digest, event.bundle_bytes) if smaller and fits else None
-
     async def _prepare(self, link: Link, finder: Finder) -> None:
         """Fetch and verify the run, then make its data and the replica."""
         log.info("connected", address=link.address, aggregator=link.aggregator)
@@ -258,63 +322,37 @@ class Client:
         signed = SignedRun.from_bytes(await link.fetch("run", run_id, size_max=RUN_BYTES_MAX + 1024), run_id=run_id)
         self.run = signed.config
         self._folder = self._home.run(run_id)
-        self._loader = self._make_loader(finder)
+        await asyncio.to_thread(demand_room, self.run, self._home, self._controls.limits)
+        self._loader = state_loader(
+            self.run,
+            self._folder.path / "loading",
+            self._connection,
+            finder,
+            self._key,
+            self._traffic,
+            self._plaintext,
+        )
+        self._updates = Updates(self.run, self._connection)
         if self._config.serve:
             await self._serve(signed)
-        device = pick_device(self._config.device)
-        set_threads(self._config.threads)
-
-        def build() -> tuple[Dataset, Replica, str]:
-            data = prepare(self.run.data, self._home.path / "data", self._config.data_paths)
-            data.check_vocabulary(self.run.model.vocab_size)
-            replica = Replica(self.run, device, pick_dtype(self._config.dtype, device), self._config.micro_batch)
-            return data, replica, codec.kernels_in_use(device)
-
-        try:
-            self._data, self._replica, kernels = await asyncio.to_thread(build)
-        except ValueError as error:
-            raise UserError(UserCode.NO_CORPUS, str(error), "get what the run needs, then start again") from error
+        made = await asyncio.to_thread(equip, self.run, self._home, self._config, self._key.public)
+        self._data, self._replica = made.data, made.replica
+        self._controls.device = self._replica.device.type
+        self._trainer = Trainer(self._replica)
         self._machine = await asyncio.to_thread(self._resume)
-        path, _, why = kernels.partition(": ")
-        log.info("kernels", path=path, why=why)
-        log.info(
-            "run",
-            name=self.run.name,
-            run_id=run_id,
-            parameters=self.run.layout.size,
-            device=str(device),
-            rounds=self.run.outer.rounds,
-            inner_steps=self.run.inner.steps,
-        )
-
-    def _make_loader(self, finder: Finder) -> StateLoader:
-        """What brings the parameters here, from whoever has them."""
-
-        async def fetch(kind: str, digest: bytes, size_max: int) -> bytes:
-            return await self._the_link().fetch(kind, digest, size_max=size_max)
-
-        async def places() -> list[Place]:
-            peers = [place for place in await finder.peer_places() if place.aggregators != (self._key.public,)]
-            return [*await finder.places(), *peers]
-
-        return StateLoader(self.run, self._folder.path / "loading", fetch, places, self._open_source)
-
-    async def _open_source(self, place: Place) -> Link:
-        # A key of its own, for a second session of the same key would end the first.
-        return await Link.open(
-            place.address,
-            run_id=self.run.run_id,
-            key=PrivateKey.generate(),
-            expect_aggregators=place.aggregators,
-            certificate_sha256=None if self._plaintext else place.certificate_sha256,
-            plaintext=self._plaintext,
-        )
+        self._view.begin(self.run.name, self.run.outer.rounds, self.run.inner.steps)
 
     async def _serve(self, signed: SignedRun) -> None:
         """Offer others what they need to join, under the address of our settings."""
         self._donor = Donor(signed, self._folder.path / "offered")
         self._server, self._certificate_sha256 = await serve_others(
-            self._donor, self._config.serve, self.run.run_id, self._key, self._home.path, plaintext=self._plaintext
+            self._donor,
+            self._config.serve,
+            self.run.run_id,
+            self._key,
+            self._home.path,
+            plaintext=self._plaintext,
+            traffic=self._traffic,
         )
 
     def _resume(self) -> ReplicaRound:
@@ -354,6 +392,8 @@ class Client:
         stopped = asyncio.create_task(self._stop.wait())
         try:
             while not self._machine.finished and not self._stop.is_set():
+                if self._finishing and self._inbox.empty() and not self._unfinished():
+                    break
                 got = asyncio.create_task(self._inbox.get())
                 await asyncio.wait({got, stopped, keeper}, return_when=asyncio.FIRST_COMPLETED)
                 if not got.done():
@@ -363,10 +403,17 @@ class Client:
                     break
                 for effect in self._machine.handle(got.result(), time.monotonic()):
                     await self._perform(effect)
+                self._note_replayed()
         finally:
             stopped.cancel()
         if self._machine.finished:
             self._finish()
+
+    def _note_replayed(self) -> None:
+        """The updates that led here are applied as soon as nothing of that kind is under way."""
+        behind = any(isinstance(effect, ApplyUpdate | LoadState | CatchUp) for effect in self._jobs.values())
+        if self._phases.current in (DOWNLOAD, REPLAY) and self._machine.record is not None and not behind:
+            self._phases.over(REPLAY)
 
     async def _perform(self, effect: ReplicaEffect) -> None:
         match effect:
@@ -385,7 +432,8 @@ class Client:
             case Send():
                 self._start(effect, self._send(effect.digest))
             case StopInner():
-                self._stop_inner.set()
+                self._round_over = True
+                self._stop_training()
             case Settle():
                 await asyncio.to_thread(self._settle, effect)
             case Alarm():
@@ -410,8 +458,14 @@ class Client:
                 log.info("leaving", why=str(error))
 
         task = asyncio.create_task(answered())
-        self._jobs.add(task)
+        self._jobs[task] = effect
+        self._say(_ACTIVITIES.get(type(effect), ""))
         task.add_done_callback(self._job_done)
+
+    def _say(self, activity: str) -> None:
+        if activity:
+            self._view.say(activity)
+            self._controls.say(activity)
 
     def _fail(self, effect: ReplicaEffect, reason: str, *, gone: bool) -> None:
         log.warning("will try again", job=type(effect).__name__, why=reason)
@@ -421,7 +475,11 @@ class Client:
             self._post(Failed(reason, gone))
 
     def _job_done(self, task: asyncio.Task[None]) -> None:
-        self._jobs.discard(task)
+        self._jobs.pop(task, None)
+        if self._driving and not self._jobs:
+            self._say(WAITING)
+        if self._finishing:
+            self._post(Tick())  # so that the driver sees whether this was the last of it
         if not task.cancelled() and task.exception() is not None:
             # Our own mistake or a user error such as a full disk: it ends the program, by way of the driver.
             self._crash = task.exception()
@@ -430,27 +488,36 @@ class Client:
     # The jobs
 
     async def _train(self, effect: TrainInner) -> ReplicaEvent:
-        self._stop_inner.clear()
+        self._round_over = False
         inner = self.run.inner
-        batches = self._data.training_batches(effect.round, self._key.public, inner.steps, inner.batch_size)
         step_tokens = inner.batch_size * self.run.data.sequence_length
         began_s = time.monotonic()
         if self._totals.began_s is None:
             self._totals.began_s = began_s
 
+        def batches(first: int) -> Iterator[NDArray[np.int64]]:
+            every = self._data.training_batches(effect.round, self._key.public, inner.steps, inner.batch_size)
+            return islice(every, first, None)
+
         def on_step(steps: int, loss: float) -> None:
-            self._progress.report(round=effect.round, step=effect.done + steps, tokens=step_tokens, loss=loss)
+            self._phases.over(FIRST_STEP)
+            self._view.report(round=effect.round, step=effect.done + steps, tokens=step_tokens, loss=loss)
             if steps >= effect.steps:
                 self._stop_inner.set()
 
         def train() -> Trained:
             if effect.ahead:
                 self._replica.begin_ahead()
-            rest = islice(batches, effect.done, None)
-            return self._replica.train_steps(effect.round, rest, self._stop_inner.is_set, on_step, effect.done)
+            elif not effect.done:
+                self._replica.abandon()  # steps ahead that no longer count, after an amendment or a rollback
+            return self._trainer.train(effect.round, batches, self._stop_inner, on_step, effect.done)
 
+        trained = Trained(0, 0, float("nan"))
         try:
-            trained = await asyncio.to_thread(train)
+            # Paused before its first step it waits for the owner; later it sends the steps that it has.
+            while not trained.steps and await self._may_train(effect.ahead):
+                self._stop_inner.clear()
+                trained = await asyncio.to_thread(train)
         except ValueError as error:
             return await self._start_again(error)
         self._totals.inner_s += time.monotonic() - began_s
@@ -487,7 +554,8 @@ class Client:
     async def _send(self, digest: bytes) -> ReplicaEvent:
         packet = self._packet
         assert packet is not None and packet.digest == digest, "the machine sends what was made last"
-        answer = await self._the_link().submit(digest, packet.wire)
+        answer = await self._connection.link.submit(digest, packet.wire)
+        packet.answered = answer.accepted or answer.code not in RESENDABLE
         self._totals.bytes_up += len(packet.wire)
         self._totals.sent_values += packet.values
         log.info("receipt", accepted=answer.accepted, code=answer.code, bytes=len(packet.wire))
@@ -500,6 +568,8 @@ class Client:
         elif effect.accepted:
             self._replica.commit()
             self._totals.accepted += 1
+            if self._phases.current == FIRST_ACCEPTED:  # and not a packet of an earlier life
+                self._phases.over(FIRST_ACCEPTED)
         else:
             self._replica.restore()
         self._packet = None
@@ -517,13 +587,9 @@ class Client:
             log.info("leaving", why=str(error))
 
     async def _apply_update(self, record: RoundRecord) -> ReplicaEvent:
-        prefetched, self._prefetched = self._prefetched, None
-        if prefetched is not None and prefetched[0] == record.digest:
-            form, size, sections = await prefetched[1]
-        else:
-            form, size, sections = await self._fetch_update(record)
-        root = await asyncio.to_thread(self._replica.apply, sections)
-        await self._offer_others(record, root, sections)
+        update = await self._updates.take(record, self._base_root())
+        root = await asyncio.to_thread(self._replica.apply, update.sections)
+        await self._offer_others(record, root, update.sections)
         self._totals.rounds += 1
         log.info(
             "round",
@@ -532,48 +598,21 @@ class Client:
             mine_counted=any(entry.peer == self._key.public and entry.weight for entry in record.entries),
             contributors=len(accepted(record.entries)),
             loss=self._totals.loss,
-            form=form,
-            bytes=size,
+            tokens=self._totals.tokens,
+            form=update.form,
+            bytes=update.size,
             state_root=root.hex(),
         )
         return Applied(record.round, root)
 
     async def _prefetch(self, record: RoundRecord) -> ReplicaEvent:
-        """Fetch an update beside the training; whoever applies it takes it, or hears why it is not here."""
-        task = asyncio.create_task(self._fetch_update(record))
-        self._prefetched = (record.digest, task)
-        await asyncio.wait({task})
+        await self._updates.prefetch(record, self._base_root())
         return Prefetched(record.digest)
 
-    async def _fetch_update(self, record: RoundRecord) -> _Fetched:
-        if record.update_digest == NO_DIGEST:
-            return _NOTHING
-        return await self._bundle(record) or await self._update(record)
-
-    async def _update(self, record: RoundRecord) -> _Fetched:
-        limit = update_wire_bytes_max(self.run)
-        data = await self._the_link().fetch("update", record.update_digest, size_max=limit)
-        self._totals.update_bytes += len(data)
-        return "update", len(data), await asyncio.to_thread(sections_of_update, data, record, self.run)
-
-    async def _bundle(self, record: RoundRecord) -> _Fetched | None:
-        """Merge the round's packets where they are smaller than their update; None where that does not work out."""
-        offer, base = self._offer, self._machine.record
-        if offer is None or offer.record_digest != record.digest:
-            return None
-        assert base is not None, "an update follows a record"
-        try:
-            data = await self._the_link().fetch("bundle", record.digest, size_max=offer.size)
-            self._totals.bundle_bytes += len(data)
-            return (
-                "bundle",
-                len(data),
-                await asyncio.to_thread(sections_of_bundle, data, record, base.state_root, self.run),
-            )
-        except ProtocolError as error:
-            log.warning("the bundle is no good, so the update is fetched", round=record.round, why=str(error))
-            self._offer = None
-            return None
+    def _base_root(self) -> bytes:
+        """The state root that the next update starts from; nothing is applied to a state that is not known."""
+        record = self._machine.record
+        return NO_DIGEST if record is None else record.state_root
 
     async def _load_state(self, record: RoundRecord) -> ReplicaEvent:
         """Take the outer parameters from our own disk, or get them from others."""
@@ -590,98 +629,55 @@ class Client:
             log.info("state loaded", round=record.round, state_root=root.hex())
         else:
             held = await asyncio.to_thread(replica.outer_state)
-            root = await self._loader.load(record, held, replica.load_outer, replica.apply)
+            root = await self._loader.load(record, held, self._adopt, replica.apply)
         if healing:
             log.info("this replica holds the parameters of the run again and takes part", round=record.round)
         await self._offer_others(record, root, None)
         return Applied(record.round, root)
 
+    def _adopt(self, flat: NDArray[np.float32]) -> bytes:  # f32[N]
+        self._phases.over(DOWNLOAD)
+        return self._replica.load_outer(flat)
+
     async def _offer_others(self, record: RoundRecord, root: bytes, sections: Sequence[bytes] | None) -> None:
         """Offer the parameters that we have now to others, if we serve them."""
-        base = self._machine.record
         if self._donor is not None and root == record.state_root:
-            base_root = base.state_root if base is not None else NO_DIGEST
             flat = self._replica.outer_state()
-            await asyncio.to_thread(self._donor.applied, record, base_root, sections, flat)
+            await asyncio.to_thread(self._donor.applied, record, self._base_root(), sections, flat)
 
     async def _catch_up(self, effect: CatchUp) -> ReplicaEvent:
         records = [effect.head]
         while records[-1].round > effect.have.round + 1:
             digest = records[-1].previous
-            record = self._checked(await self._the_link().fetch("record", digest, size_max=RECORD_BYTES_MAX))
+            record = self._checked(await self._connection.link.fetch("record", digest, size_max=RECORD_BYTES_MAX))
             if record.digest != digest:
                 raise ProtocolError(Code.WRONG_DIGEST, "the record is another than the one asked for")
             records.append(record)
         return Recorded(tuple(reversed(records)))
 
-    def _the_link(self) -> Link:
-        if self._link is None:
-            raise LinkError(LinkFailure.CUT, "there is no connection at the moment", retryable=True)
-        return self._link
-
     # The end
 
     def _finish(self) -> None:
-        record, totals = self._machine.record, self._totals
+        record, totals, updates = self._machine.record, self._totals, self._updates
         assert record is not None, "a finished run has a last record"
-        wall_s = time.monotonic() - totals.began_s if totals.began_s is not None else 0.0
         flat = self._replica.outer_state()
         root = self._folder.states.save(flat, self.run.layout, {"run": self.run.name, "round": str(record.round)})
         # A finished run needs nothing but its parameters.
         keep.forget(self._folder.replica_path)
-        log.info(
-            "finished",
-            rounds=record.round,
-            applied=totals.rounds,
-            accepted=totals.accepted,
-            tokens=totals.tokens,
-            steps_ahead=totals.steps_ahead,
-            bytes_up=totals.bytes_up,
-            bytes_down=totals.update_bytes + totals.bundle_bytes,
-            update_bytes=totals.update_bytes,
-            bundle_bytes=totals.bundle_bytes,
-            bits_per_value=8 * totals.bytes_up / totals.sent_values if totals.sent_values else None,
-            inner_time_share=totals.inner_s / wall_s if wall_s else None,
-            state_root=root.hex(),
-        )
+        log.info("finished", rounds=record.round, **totals.facts(), **updates.facts(), state_root=root.hex())
 
     async def _leave(self, keeper: asyncio.Task[None]) -> None:
         """Stop training after the current step, close the link and forget the timers."""
-        self._stop_inner.set()
+        self._driving, self._round_over = False, True
+        self._say("leaving")
+        self._stop_training()
         if self._timer is not None:
             self._timer.cancel()
         keeper.cancel()
         await asyncio.gather(keeper, return_exceptions=True)
         if self._jobs:
             await asyncio.wait(self._jobs, timeout=LEAVE_S)
-        if self._link is not None:
-            await self._link.close()
+        await self._connection.close()
         if self._server is not None:
             await self._server.close(LEAVE_S / 4)
         self._folder.close()
-        if self._crash is not None:
-            raise self._crash
-
-
-def as_user_error(error: LinkError) -> UserError:
-    """What a failed first connection means for the person at the keyboard."""
-    code, remedy = _LINK_REMEDIES.get(error.failure, _OTHER_LINK)
-    return UserError(code, error.reason, remedy)
-
-
-_OTHER_LINK = (UserCode.CONNECTION_LOST, "check the network and start the same command again; what is done is kept")
-_LINK_REMEDIES = {
-    LinkFailure.ADDRESS: (UserCode.UNKNOWN_HOST, "ask the operator for a new invite: its address is unusable"),
-    LinkFailure.DNS: (UserCode.UNKNOWN_HOST, "check the network and its DNS, or ask the operator for a new invite"),
-    LinkFailure.REFUSED: (UserCode.UNREACHABLE, "ask the operator whether `sparseloco-peer aggregate` is running"),
-    LinkFailure.UNREACHABLE: (UserCode.UNREACHABLE, "check this machine's network, then start the same command again"),
-    LinkFailure.TIMEOUT: (UserCode.TIMED_OUT, "check that a firewall lets outgoing TCP through to that port"),
-    LinkFailure.CERTIFICATE: (
-        UserCode.WRONG_CERTIFICATE,
-        "ask the operator for the newest invite; do not go on if it is the same: somebody may sit in between",
-    ),
-    LinkFailure.NOT_OURS: (
-        UserCode.UNREACHABLE,
-        "ask the operator for the right address: something else answers there",
-    ),
-}

@@ -6,6 +6,9 @@ A peer runs well with no file at all. A file is TOML with the keys of `PeerConfi
     micro_batch = 4
     [data_paths]
     my-corpus = "/data/my-corpus"
+    [limits]
+    schedule = "22:00-07:00"
+    up_mbit = 5
 """
 
 import difflib
@@ -16,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from peer.errors import UserCode, UserError, os_errors
+from peer.limits import Limits
+from peer.trackers import FORM, check_tracker
 from protocol.invite import check_address
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -35,13 +40,17 @@ class PeerConfig:
     threads: int = 0
     """CPU threads for training; 0 leaves the choice to torch. Use 1 where several peers share a machine."""
     micro_batch: int = 0
-    """Sequences that go through the model at a time; 0 is the whole batch. Lower it when memory runs out."""
+    """Sequences that go through the model at a time; 0 to find by trying what suits the device."""
     data_paths: Mapping[str, Path] = field(default_factory=dict)
     """Folders of token shards, by the name that the run gives to its corpus."""
     log_json: bool = False
     """Whether each event also goes to stdout as a JSON line."""
     serve: str = ""
     """Address ("host:port") under which others may fetch the parameters from this peer; empty to serve nobody."""
+    limits: Limits = field(default_factory=Limits)
+    """How much of this machine the peer may use: the table `[limits]`."""
+    tracker: str = ""
+    """Where curves go: "tensorboard:FOLDER", "wandb:PROJECT", "trackio:PROJECT" (each an extra), or "" for nowhere."""
 
     def __post_init__(self) -> None:
         _demand("device", self.device, "one of " + ", ".join(DEVICES), self.device in DEVICES)
@@ -51,6 +60,7 @@ class PeerConfig:
             holds = type(value) is int and 0 <= value <= most
             _demand(name, value, f"a whole number from 0 to {most}", holds)
         _demand("serve", self.serve, 'an address such as "peer.example.org:7710", or ""', _is_address(self.serve))
+        _demand("tracker", self.tracker, f'{FORM}, or ""', _is_tracker(self.tracker))
         _demand("log_json", self.log_json, "true or false", type(self.log_json) is bool)
 
 
@@ -86,6 +96,9 @@ def parse_config(text: str, folder: Path) -> PeerConfig:
         holds = isinstance(paths, dict) and all(isinstance(path, str) for path in paths.values())
         _demand("data_paths", paths, 'a table of lines like my-corpus = "/path"', holds)
         table["data_paths"] = {name: _path(path, folder) for name, path in paths.items()}
+    if "limits" in table:
+        _demand("limits", table["limits"], "a table such as [limits]", isinstance(table["limits"], dict))
+        table["limits"] = Limits.of(table["limits"])
     return PeerConfig(**table)
 
 
@@ -102,6 +115,10 @@ def _is_address(text: object) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_tracker(text: object) -> bool:
+    return isinstance(text, str) and (text == "" or check_tracker(text))
 
 
 def _demand(name: str, value: object, accepted: str, holds: bool) -> None:

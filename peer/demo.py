@@ -98,6 +98,8 @@ class Swarm:
         match event["event"]:
             case "bootstrap ready" | "aggregator ready":
                 self.console.print(f"{name}: ready")
+            case "dashboard ready":
+                self.console.print(f"watch it in a browser: {event['url']}")
             case "found in the directory":
                 self.console.print(f"{name}: found the aggregator in the DHT at {event['addresses'][0]}")
             case "state loaded":

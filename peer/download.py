@@ -28,7 +28,7 @@ from peer.partial import HASH_BYTES, PartialState
 from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST
 from protocol.layout import state_root
-from protocol.ledger import RoundRecord
+from protocol.ledger import Kind, RoundRecord
 from protocol.limits import RECORD_BYTES_MAX
 from protocol.run import RunConfig
 from protocol.wire import update_wire_bytes_max
@@ -410,17 +410,22 @@ class StateLoader:
         known: Flat | None = held
         held_root = await asyncio.to_thread(state_root, held)
         failure: ProtocolError | None = None
-        for back in await self._starts(chain):
+        for asked in await self._starts(chain):
+            back = asked
             try:
-                await self._extend(chain, back)
+                await self._extend(chain, asked)
+                back = _since_rollback(chain, asked)
                 base = chain[back]
                 flat = (
                     known if known is not None and base.state_root == held_root else await self._download(base, known)
                 )
                 known = None  # it may share the memory that `adopt` overwrites
                 _demand_root(base, await asyncio.to_thread(adopt, flat))
-                for item in reversed(chain[:back]):
+                began_s = time.monotonic()
+                for done, item in enumerate(reversed(chain[:back]), start=1):
                     _demand_root(item, await asyncio.to_thread(apply, await self._sections(item)))
+                    eta_s = (time.monotonic() - began_s) / done * (back - done)
+                    log.info("replaying", round=item.round, of=record.round, eta_s=round(eta_s, 1))
             except ProtocolError as error:
                 if error.code != Code.NOT_FOUND:
                     raise
@@ -477,3 +482,9 @@ class StateLoader:
 def _demand_root(record: RoundRecord, root: bytes) -> None:
     if root != record.state_root:
         raise ProtocolError(Code.BAD_STATE, f"the parameters of round {record.round} are not those of its record")
+
+
+def _since_rollback(chain: Sequence[RoundRecord], back: int) -> int:
+    """So many rounds before the newest record of a chain, but not before a rollback: no update leads over one."""
+    taken_back = (index for index, record in enumerate(chain[:back]) if record.kind == Kind.ROLLBACK)
+    return next(taken_back, back)

@@ -189,7 +189,14 @@ EXPLANATIONS: dict[Code, tuple[str, str]] = {
         "use the invite of the run that you want, and a --home that has not been used for another run's files",
     ),
     Code.BAD_INVITE: ("the invite cannot be read", _ASK_INVITE),
-    Code.VERSION: ("the other side speaks another version of the protocol", _NEW_VERSION),
+    Code.BAD_AMENDMENT: (
+        "the change of the run breaks a rule, or does not follow the changes before it",
+        "as its operator, make the change again from the newest state of the run; anybody else may tell the operator",
+    ),
+    Code.VERSION: (
+        "the other side speaks another version of the protocol",
+        "install the newest sparseloco-peer on the side that is too old: yours, or the aggregator's by its operator",
+    ),
     Code.BAD_MAGIC: (
         "these bytes are not of the kind that they should be",
         "check that you named the right file; `sparseloco-peer inspect FILE` says what a file is",
@@ -230,6 +237,10 @@ EXPLANATIONS: dict[Code, tuple[str, str]] = {
     Code.NO_QUORUM: (
         "the round ended with too few packets and changed nothing",
         "nothing is lost: the content is sent with the next round; the run needs more peers",
+    ),
+    Code.BANNED: (
+        "the operator of this run has banned the peer that made this packet",
+        "ask the operator why, and to unban the peer; `sparseloco-peer run peers` with the run's invite shows the ban",
     ),
     Code.BAD_COUNT: ("a chunk of the update has an impossible number of values", _TELL_OPERATOR),
     Code.BAD_EXPONENT: ("a chunk of the update has an exponent outside the permitted range", _TELL_OPERATOR),

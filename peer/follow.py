@@ -21,12 +21,12 @@ from peer.aggregator import (
     BLOB_BYTES_MAX,
     KEEP_ROUNDS,
     append_record,
-    is_snapshot_round,
+    is_snapshot,
     now_ms,
     save_snapshot,
-    stored_state,
 )
-from peer.client import as_user_error
+from peer.amendments import describe, fetched_amendments, follow, stored_amendments
+from peer.connection import as_user_error
 from peer.core import codec
 from peer.core.replica import initial_state
 from peer.download import StateLoader
@@ -36,9 +36,11 @@ from peer.merge import accepted, check_contents, sections_of_bundle, sections_of
 from peer.net.errors import LinkError
 from peer.net.link import Link
 from peer.net.messages import PacketStored, RoundClosed
+from peer.replay import stored_state
 from peer.store import Home, RunFolder, load_or_make_key
+from protocol.amendment import Amendments, check_rollback
 from protocol.errors import Code, ProtocolError
-from protocol.identity import PrivateKey
+from protocol.identity import NO_DIGEST, PrivateKey
 from protocol.invite import Invite
 from protocol.layout import state_root
 from protocol.ledger import Kind, RoundRecord, check_link, check_record
@@ -67,8 +69,8 @@ class Lease(Protocol):
     def lost(self) -> None:
         """The link to it is gone."""
 
-    def recorded(self, record: RoundRecord) -> None:
-        """The copy has this round, complete."""
+    def recorded(self, record: RoundRecord, run: RunConfig) -> None:
+        """The copy has this round, complete; `run` has the settings of the round after it."""
 
 
 class _NoLease:
@@ -80,7 +82,7 @@ class _NoLease:
     def lost(self) -> None:
         pass
 
-    def recorded(self, record: RoundRecord) -> None:
+    def recorded(self, record: RoundRecord, run: RunConfig) -> None:
         pass
 
 
@@ -103,13 +105,23 @@ class Follower:
         self._folder, self._finder, self._key = folder, finder, key
         self._ad, self._plaintext = ad, plaintext
         self._lease: Lease = lease or _NoLease()
+        self._amendments = self._named()  # by the record of `head`
         self._flat: Flat | None = None  # the state after the round of `head`, once it is needed
         self._turns = asyncio.Semaphore(FETCHES)
 
     @property
     def finished(self) -> bool:
         """Whether the copy has the last round of the run."""
-        return self.head is not None and self.head.round >= self.run.outer.rounds
+        return self.head is not None and self.head.round >= self.settings.outer.rounds
+
+    @property
+    def settings(self) -> RunConfig:
+        """The run with the settings of the round after the head's."""
+        return self._amendments.config_at(0 if self.head is None else self.head.round + 1)
+
+    def _named(self) -> Amendments:
+        head = NO_DIGEST if self.head is None else self.head.amendment
+        return stored_amendments(self._folder.blobs, Amendments(self.run), head)
 
     async def follow(self) -> None:
         """Follow until the run is complete, through lost connections and from one aggregator to the next."""
@@ -184,15 +196,16 @@ class Follower:
         for previous, record in pairwise(records):
             check_link(previous, record)
         await asyncio.to_thread(self._fork, records[0])
+        chains = await self._follow_amendments(link, records)
         began_s = time.monotonic()
         for place, record in enumerate(records):
             try:
-                size = await self._take(link, record)
+                size = await self._take(link, record, chains[place])
             except ProtocolError as error:
                 if error.code != Code.NOT_FOUND:
                     raise
                 log.info("no longer there", round=record.round, why=error.detail)
-                await self._jump(link, records[place:])
+                await self._jump(link, records[place:], chains[place:])
                 return
             eta_s = (time.monotonic() - began_s) / (place + 1) * (len(records) - place - 1)
             log.info(
@@ -216,6 +229,21 @@ class Follower:
             records.append(record)
         return records[::-1]
 
+    async def _follow_amendments(self, link: Link, records: Sequence[RoundRecord]) -> list[Amendments]:
+        """The amendments that each of these records names, which must keep to them; they lead on from the head."""
+
+        async def fetch(kind: str, digest: bytes, size_max: int) -> bytes:
+            return await link.fetch(kind, digest, size_max=size_max)
+
+        chain, chains = self._amendments, list[Amendments]()
+        newest = await fetched_amendments(chain, records[-1].amendment, fetch, self._folder.blobs)
+        for record in records:
+            chain = follow(chain, record, newest)
+            chains.append(chain)
+        for amendment in newest.after(self._amendments.head):
+            log.info("amendment", number=amendment.number, says=describe(amendment))
+        return chains
+
     def _fork(self, first: RoundRecord) -> None:
         """Give up our records from this one's round on, when it is of a higher epoch."""
         ours = self.head
@@ -232,49 +260,66 @@ class Follower:
         log.warning("another branch", round=first.round, epoch=first.epoch, given_up=ours.round - first.round + 1)
         self._folder.journal.rewind(first.round - 1)
         self.head, self._flat = stored_head(self._folder), None
+        self._amendments = self._named()
 
-    async def _take(self, link: Link, record: RoundRecord) -> int:
+    async def _take(self, link: Link, record: RoundRecord, amendments: Amendments) -> int:
         """Copy one round; return the bytes fetched. Raises ProtocolError NOT_FOUND when it is gone there."""
+        run = amendments.config_at(record.round)
         digests = [entry.packet_digest for entry in record.entries]
-        packets = await asyncio.gather(*(self._packet(link, digest) for digest in digests))
+        packets = await asyncio.gather(*(self._packet(link, digest, run) for digest in digests))
         wires = {digest: wire for digest, (wire, _) in zip(digests, packets, strict=True) if wire is not None}
         size = sum(count for _, count in packets)
         update = None
         if record.kind == Kind.APPLIED and any(item.packet_digest not in wires for item in accepted(record.entries)):
             update = await link.fetch("update", record.update_digest, size_max=update_wire_bytes_max(self.run))
             size += len(update)
-        await asyncio.to_thread(self._apply, record, wires, update)
-        self._lease.recorded(record)
+        await asyncio.to_thread(self._apply, record, wires, update, amendments)
+        self._lease.recorded(record, self.settings)
         return size
 
-    def _apply(self, record: RoundRecord, wires: dict[bytes, bytes], update: bytes | None) -> None:
+    def _apply(
+        self, record: RoundRecord, wires: dict[bytes, bytes], update: bytes | None, amendments: Amendments
+    ) -> None:
         """Redo the round, compare, and keep it. Raises ProtocolError where the record tells something else."""
+        run = amendments.config_at(record.round)
         if record.kind == Kind.APPLIED:
-            self._step(record, wires, update)
+            self._step(record, wires, update, run)
+        elif record.kind == Kind.ROLLBACK:
+            self._go_back(record, amendments)
         for digest, wire in wires.items():
-            self._keep(digest, wire, arrived_ms=record.closed_ms)
-        snapshot = is_snapshot_round(self.run, record.round)
+            self._keep(digest, wire, run, arrived_ms=record.closed_ms)
+        snapshot = is_snapshot(record, amendments)
         if snapshot and record.round:
-            save_snapshot(self._folder, self.run, self._state(), record.round)
+            save_snapshot(self._folder, amendments, self._state(), record.round)
         append_record(self._folder, record)
-        self.head = record
+        self.head, self._amendments = record, amendments
         if snapshot and self._ad:
             self._folder.forget(keep_rounds=KEEP_ROUNDS, blob_bytes_max=BLOB_BYTES_MAX)
 
-    def _step(self, record: RoundRecord, wires: dict[bytes, bytes], update: bytes | None) -> None:
+    def _go_back(self, record: RoundRecord, amendments: Amendments) -> None:
+        """Take the state of the round to which the operator took the run back."""
+        to_round = amendments.rollback_at(record.round)
+        assert to_round is not None, "the record keeps to its amendments"
+        row = self._folder.journal.record(to_round)
+        assert row is not None, "every record before this one is here"
+        check_rollback(record, RoundRecord.from_bytes(row.data))
+        self._state()  # the first one is stored if it was not
+        self._flat = stored_state(self._folder, self.run, to_round)
+
+    def _step(self, record: RoundRecord, wires: dict[bytes, bytes], update: bytes | None, run: RunConfig) -> None:
         base = self.head
         assert base is not None, "an applied round follows another"
         flat = self._state()
         if update is None:
             data = bundle_to_wire([wires[entry.packet_digest] for entry in accepted(record.entries)])
-            sections: Sequence[bytes] = sections_of_bundle(data, record, base.state_root, self.run)
+            sections: Sequence[bytes] = sections_of_bundle(data, record, base.state_root, run)
             made = make_update(self.run, record.round, base.state_root, record.state_root, list(sections))
-            update = update_to_wire(made, self.run)
+            update = update_to_wire(made, run)
         else:
-            sections = sections_of_update(update, record, self.run)
+            sections = sections_of_update(update, record, run)
         # Until the root is known to be right, nobody may take the array for the state of `head`.
         self._flat = None
-        codec.outer_step(torch.from_numpy(flat), self.run.layout, sections)
+        codec.outer_step(torch.from_numpy(flat), run.layout, sections)
         if state_root(flat) != record.state_root:
             raise ProtocolError(Code.BAD_STATE, f"the packets of round {record.round} do not lead to its state")
         self._flat = flat
@@ -293,7 +338,7 @@ class Follower:
             self._flat = stored_state(self._folder, self.run, self.head.round)
         return self._flat
 
-    async def _jump(self, link: Link, records: Sequence[RoundRecord]) -> None:
+    async def _jump(self, link: Link, records: Sequence[RoundRecord], chains: Sequence[Amendments]) -> None:
         """Keep these records alone, for nobody has their contents any more, and the state of the last one."""
         loaded: list[Flat] = []
 
@@ -311,16 +356,16 @@ class Follower:
         loader = StateLoader(self.run, self._folder.path / "loading", fetch, self._finder.places, self._open)
         held = await asyncio.to_thread(self._state)
         await loader.load(records[-1], held, adopt, apply)
-        await asyncio.to_thread(self._land, loaded[0], records)
+        await asyncio.to_thread(self._land, loaded[0], records, chains[-1])
         loader.forget()
-        self._lease.recorded(records[-1])
+        self._lease.recorded(records[-1], self.settings)
 
-    def _land(self, flat: Flat, records: Sequence[RoundRecord]) -> None:
+    def _land(self, flat: Flat, records: Sequence[RoundRecord], amendments: Amendments) -> None:
         for record in records[:-1]:
             append_record(self._folder, record)
-        save_snapshot(self._folder, self.run, flat, records[-1].round)
+        save_snapshot(self._folder, amendments, flat, records[-1].round)
         append_record(self._folder, records[-1])
-        self.head, self._flat = records[-1], flat
+        self.head, self._flat, self._amendments = records[-1], flat, amendments
 
     async def _open(self, place: Place) -> Link:
         # A key of its own, for a second session of the same key would end the first.
@@ -335,14 +380,14 @@ class Follower:
 
     # Packets
 
-    async def _packet(self, link: Link, digest: bytes) -> tuple[bytes | None, int]:
+    async def _packet(self, link: Link, digest: bytes, run: RunConfig) -> tuple[bytes | None, int]:
         """A packet in transport form, and the bytes that were fetched for it; None where it is gone."""
         wire = await asyncio.to_thread(self._folder.blobs.get, "packet", digest.hex())
         if wire is not None:
             return wire, 0
         async with self._turns:
             try:
-                wire = await link.fetch("packet", digest, size_max=packet_wire_bytes_max(self.run))
+                wire = await link.fetch("packet", digest, size_max=packet_wire_bytes_max(run))
             except ProtocolError as error:
                 if error.code != Code.NOT_FOUND:
                     raise
@@ -354,23 +399,24 @@ class Follower:
         head = self.head
         if head is None or self._folder.journal.packet(digest) is not None:
             return
-        wire, _ = await self._packet(link, digest)
+        run = self.settings
+        wire, _ = await self._packet(link, digest, run)
         if wire is None:
             return
 
         def check_and_keep(wire: bytes) -> None:
-            packet = packet_from_wire(wire, self.run)
-            check_claims(packet, self.run, round=head.round + 1, base_root=head.state_root)
-            check_contents(packet, self.run)
-            self._keep(digest, wire, arrived_ms=now_ms())
+            packet = packet_from_wire(wire, run)
+            check_claims(packet, run, round=head.round + 1, base_root=head.state_root)
+            check_contents(packet, run)
+            self._keep(digest, wire, run, arrived_ms=now_ms())
             log.info("packet copied", peer=packet.header.peer, round=packet.header.round)
 
         with suppress(ProtocolError):
             # The aggregator should not have taken it; what its record says of it is another matter.
             await asyncio.to_thread(check_and_keep, wire)
 
-    def _keep(self, digest: bytes, wire: bytes, *, arrived_ms: int) -> None:
-        header: PacketHeader = packet_from_wire(wire, self.run).header
+    def _keep(self, digest: bytes, wire: bytes, run: RunConfig, *, arrived_ms: int) -> None:
+        header: PacketHeader = packet_from_wire(wire, run).header
         if header.digest != digest:
             raise ProtocolError(Code.WRONG_DIGEST, "the packet is another than the one asked for")
         self._folder.blobs.put("packet", digest.hex(), wire)

@@ -175,6 +175,11 @@ class Journal:
         row = self._one("SELECT * FROM records WHERE digest = ?", (digest,))
         return None if row is None else RecordRow(*row)
 
+    def first_with_state(self, state_root: bytes) -> RecordRow | None:
+        """The record of the first round that led to this state, or None."""
+        row = self._one("SELECT * FROM records WHERE state_root = ? ORDER BY round LIMIT 1", (state_root,))
+        return None if row is None else RecordRow(*row)
+
     def records(self, first: int, last: int) -> list[RecordRow]:
         """The records of the rounds first..last that are here, in order."""
         rows = self._all("SELECT * FROM records WHERE round BETWEEN ? AND ? ORDER BY round", (first, last))

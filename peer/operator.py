@@ -91,7 +91,7 @@ class OperatorFolder:
                 "name the folder that `sparseloco-peer run new RUN.toml --out FOLDER` made",
             )
         with os_errors(path):
-            data, text = path.read_bytes(), self.invite_path.read_text("ascii").strip()
+            data, text = path.read_bytes(), self.invite_path.read_text("ascii", "replace").strip()
         try:
             return SignedRun.from_bytes(data, run_id=None), Invite.from_text(text)
         except ProtocolError as error:
@@ -119,8 +119,11 @@ def read_settings(path: Path) -> RunSettings:
             ) from error
 
 
-def new_run(settings: RunSettings, out: Path, place: RunPlace) -> Invite:
-    """Make the run folder and return its invite. Raises UserError when the folder is already a run."""
+def new_run(settings: RunSettings, out: Path, place: RunPlace, data: Path | None = None) -> Invite:
+    """Make the run folder and return its invite. Raises UserError when the folder is already a run.
+
+    `data` is the folder of the run's corpus where that is not embedded.
+    """
     from peer.core.model import layout_of  # noqa: PLC0415  torch takes seconds to import
     from peer.core.replica import initial_state  # noqa: PLC0415
     from peer.data.prepare import prepare  # noqa: PLC0415
@@ -134,15 +137,15 @@ def new_run(settings: RunSettings, out: Path, place: RunPlace) -> Invite:
     bootstrap = load_or_make_key(folder.bootstrap_home / "key")
     home = Home(folder.aggregator_home)
     try:
-        dataset = prepare(settings.data, home.path / "data", {})
+        dataset = prepare(settings.data, home.path / "data", {settings.data.corpus: data} if data else {})
         dataset.check_vocabulary(settings.model.vocab_size)
     except ValueError as error:
         raise UserError(UserCode.NO_CORPUS, str(error), "mend [data] or [model] in the run's TOML") from error
-    data = dataclasses.replace(settings.data, corpus_sha256=dataset.sha256)
+    pinned = dataclasses.replace(settings.data, corpus_sha256=dataset.sha256)
     layout = layout_of(settings.model)
     flat = initial_state(settings.model)
     config = RunConfig.of(
-        dataclasses.replace(settings, data=data),
+        dataclasses.replace(settings, data=pinned),
         operator=operator.public,
         aggregators=tuple(sorted(key.public for key in keys)),
         layout=layout,

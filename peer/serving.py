@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from peer.download import SMALL_STATE_BYTES, SNAPSHOT_ROUNDS
 from peer.errors import UserCode, UserError, os_errors
-from peer.net.messages import ReceiptMsg, RoundClosed, WatchEvent
+from peer.net.messages import Amended, ReceiptMsg, RoundClosed, WatchEvent
 from peer.net.service import Server, serve
+from peer.net.throttle import Traffic
 from peer.net.tls import TlsIdentity, is_loopback, make_tls_identity, split_address
 from peer.store import BlobStore, StateStore, atomic_write
 from protocol.errors import Code, ProtocolError
@@ -73,6 +74,7 @@ class Donor:
         self._states, self._blobs = StateStore(folder / "states"), BlobStore(folder / "blobs")
         self._snapshots: tuple[RoundRecord, ...] = ()
         self._now = _Offered()
+        self.resting = False  # nothing is handed out
 
     def applied(
         self,
@@ -139,6 +141,8 @@ class Donor:
     async def blob(self, kind: str, digest: bytes) -> bytes | Path | None:
         """Whatever somebody may fetch by its digest; None when it is not here."""
         now = self._now
+        if self.resting:
+            return None
         match kind:
             case "run":
                 return self._signed.to_bytes() if digest == self._run.run_id else None
@@ -155,9 +159,20 @@ class Donor:
                 return bytes(piece) if piece is not None else await asyncio.to_thread(self._states.piece, digest)
         return None
 
+    async def amend(self, peer: bytes, data: bytes) -> Amended:
+        """Amendments go to the aggregator. Raises ProtocolError NOT_AN_AGGREGATOR."""
+        raise ProtocolError(Code.NOT_AN_AGGREGATOR, "this is a peer: amendments go to the aggregator")
+
 
 async def serve_others(
-    donor: Donor, address: str, run_id: bytes, key: PrivateKey, home: Path, *, plaintext: bool = False
+    donor: Donor,
+    address: str,
+    run_id: bytes,
+    key: PrivateKey,
+    home: Path,
+    *,
+    plaintext: bool = False,
+    traffic: Traffic | None = None,
 ) -> tuple[Server, bytes]:
     """Listen on the port of `address`; return the server and its certificate's fingerprint. Raises UserError.
 
@@ -168,7 +183,9 @@ async def serve_others(
     inside = host if is_loopback(host) else "0.0.0.0"  # noqa: S104 - whoever joins comes from anywhere
     tls = None if plaintext else await asyncio.to_thread(load_or_make_tls, home / "tls.pem")
     try:
-        server = await serve(donor, host=inside, port=port, key=key, run_id=run_id, tls=tls, spool=home / "spool")
+        server = await serve(
+            donor, host=inside, port=port, key=key, run_id=run_id, tls=tls, spool=home / "spool", traffic=traffic
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             UserCode.PORT_IN_USE, f"cannot listen on {inside}:{port} ({error})", "name another port with --serve"

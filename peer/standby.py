@@ -9,7 +9,7 @@ more and stands by itself. Two that both lead for a while do no harm: the higher
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,31 @@ from typing import Any
 import structlog
 import torch
 
-from peer.aggregator import Aggregator, stored_blob
+from peer.aggregator import Aggregator, demand_room, prepare_amendment, stored_blob
+from peer.amendments import keep_waiting, stored_amendments, with_waiting
 from peer.bootstrap import wait_for_stop
 from peer.core import codec
 from peer.errors import UserCode, UserError
+from peer.evaluate import Evaluator
 from peer.find import DHT_TTL_S, AdBook, Finder, sign_ad
 from peer.follow import Follower, stored_head
 from peer.net.directory import DirectoryError
 from peer.net.errors import LinkError
-from peer.net.messages import Aggregators, ReceiptMsg, RoundClosed, WatchEvent
+from peer.net.messages import Aggregators, Amended, ReceiptMsg, RoundClosed, WatchEvent
 from peer.net.service import Handler, Server, serve
 from peer.net.tls import split_address
 from peer.operator import OperatorFolder
 from peer.store import Home, RunFolder, load_key
+from peer.web.board import Live, known_bytes_per_token
+from peer.web.live import live_of
+from peer.web.server import Address, dashboard
+from protocol.amendment import Amendment, Amendments
 from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST, PrivateKey
 from protocol.ledger import RoundRecord
 from protocol.records import Ad
 from protocol.round import Tick, WakeAt
-from protocol.run import SignedRun
+from protocol.run import RunConfig, SignedRun
 from protocol.standby import LEASE_S_MIN, Heard, Recorded, Standby, StandbyEvent, TakeOver
 from protocol.wire import packet_wire_bytes_max
 
@@ -48,18 +54,26 @@ EPOCH = "epoch"  # in the journal: the newest epoch in which this aggregator set
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says. Without `lease_s` the lease follows the length of the rounds."""
+    """What the command line says. Without `lease_s` the lease follows the length of the rounds.
+
+    The dashboard is served where `dashboard` says. A leader's states are evaluated every so many rounds; 0 is never.
+    """
 
     listen: str | None = None
     plaintext: bool = False
     standby: bool = False
     take_over: bool = False
     lease_s: float | None = None
+    dashboard: Address | None = None
+    evaluate_every: int = 0
 
     def __post_init__(self) -> None:
         """Raise UserError BAD_ARGUMENT for what cannot be meant."""
         if self.standby and self.take_over:
             raise UserError(UserCode.BAD_ARGUMENT, "--standby and --take-over exclude each other", "give one of them")
+        if self.evaluate_every < 0:
+            remedy = "give --evaluate-every a number of rounds, or 0 for never"
+            raise UserError(UserCode.BAD_ARGUMENT, f"every {self.evaluate_every} rounds makes no sense", remedy)
         if self.lease_s is not None and not self.lease_s >= LEASE_S_MIN:
             remedy = f"give --lease {LEASE_S_MIN:g} or more, or leave it away"
             raise UserError(UserCode.BAD_ARGUMENT, f"a lease of {self.lease_s:g} s is too short", remedy)
@@ -135,6 +149,21 @@ class Copy:
         """Whatever the copy has."""
         return stored_blob(self._signed, self._folder, kind, digest)
 
+    async def amend(self, peer: bytes, data: bytes) -> Amended:
+        """Keep an amendment in case that the leader is lost before its record. Raises ProtocolError."""
+        head, run = stored_head(self._folder), self._signed.config
+        assert head is not None, "nobody is welcome before"
+        named = stored_amendments(self._folder.blobs, Amendments(run), head.amendment)
+        known = with_waiting(self._folder, named, head.round + 1)
+        if data:
+            amendment = Amendment.from_bytes(data, run)
+            if amendment not in known.chain:
+                demand_room(known, head)
+                known = known.bring_in(amendment, head.round + 1)
+                await asyncio.to_thread(prepare_amendment, self._folder, run, amendment)
+                keep_waiting(self._folder, amendment)
+        return Amended(known.head, head.round + 1)
+
     def _closed_event(self) -> RoundClosed:
         head, blobs = stored_head(self._folder), self._folder.blobs
         assert head is not None, "nobody is welcome before"
@@ -164,9 +193,10 @@ class LeaseClock:
         self._led = False
         self._copy.tell(led=False)
 
-    def recorded(self, record: RoundRecord) -> None:
-        """The copy is complete up to this record."""
+    def recorded(self, record: RoundRecord, run: RunConfig) -> None:
+        """The copy is complete up to this record; `run` has the settings of the round after it."""
         self._copy.tell(led=self._led)
+        self._machine.run = run
         self._handle(Recorded(record))
 
     def stop(self) -> None:
@@ -191,6 +221,8 @@ class Station:
         self._signed, self._invite = folder.load()
         self._home, self._store, self._options = home, store, options
         self._key = load_key(home.key_path)
+        self._program: Aggregator | None = None  # while this one leads
+        self._evaluator: Evaluator | None = None
         self._tls = None if options.plaintext else folder.tls()
         self._finder = Finder(self._invite, home, self._signed.config)
         everywhere = "127.0.0.1" if options.plaintext else "0.0.0.0"  # noqa: S104 - volunteers come from anywhere
@@ -205,6 +237,12 @@ class Station:
                 f"{home.key_path} is not the key of one of this run's aggregators",
                 "use the folder that `sparseloco-peer run new` made for this aggregator, with the key in it",
             )
+
+    def live(self) -> Live:
+        """What the dashboard cannot read from the disk."""
+        if self._program is None:
+            return Live(bytes_per_token=known_bytes_per_token(self._signed.config))
+        return live_of(self._program, self._evaluator)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Lead or stand by until `stop`."""
@@ -238,6 +276,7 @@ class Station:
     async def _lead(self, epoch: int, stop: asyncio.Event) -> None:
         """Lead until `stop`, or until somebody else does."""
         program = Aggregator(self._signed, self._key, self._store, book=self._finder.book, epoch=epoch)
+        self._program = program
         server = None
         try:
             await self._meet(program)
@@ -247,11 +286,13 @@ class Station:
                 server = await self._serve(program)
                 ready = {"run": program.run.name, "port": server.port, "round": program.head.round}
                 log.info("aggregator ready", epoch=program.epoch, **ready)
-                await _first(stop.wait(), self._keep_meeting(program), program.superseded, program.failed)
+                beside = (self._keep_meeting(program), self._keep_evaluating(program))
+                await _first(stop.wait(), *beside, program.superseded, program.failed)
             if program.superseded.done():
                 record = program.superseded.result()
                 log.warning("superseded", epoch=record.epoch, round=record.round, aggregator=record.aggregator)
         finally:
+            self._program = self._evaluator = None
             if server is not None:
                 await server.close()
             await program.close()
@@ -261,6 +302,14 @@ class Station:
         while True:
             await asyncio.sleep(MEET_S)
             await self._meet(program)
+
+    async def _keep_evaluating(self, program: Aggregator) -> None:
+        if self._options.evaluate_every:
+            cache = self._home.path / "data"
+            self._evaluator = Evaluator(program.run, cache, self._options.evaluate_every)
+            await self._evaluator.follow(program)
+        # Where there is nothing to evaluate on, the aggregator leads all the same.
+        await asyncio.Event().wait()
 
     async def _meet(self, program: Aggregator) -> None:
         """See whether another aggregator has gone further; one that has not heard of our epoch hears of it."""
@@ -280,7 +329,7 @@ class Station:
         ad = self._ad(int(time.time()) + DHT_TTL_S)
         follower = Follower(run, self._store, self._finder, self._key, ad=ad, plaintext=plaintext, lease=lease)
         if follower.head is not None:
-            lease.recorded(follower.head)
+            lease.recorded(follower.head, follower.settings)
         server = await self._serve(copy)
         try:
             log.info("standing by", run=run.name, port=server.port, round=follower.head.round if follower.head else -1)
@@ -355,4 +404,8 @@ async def aggregate(folder: OperatorFolder, stop: asyncio.Event, options: Option
     signed, _ = folder.load()
     home = Home(folder.aggregator_home)
     with home.lock(), closing(home.run(signed.config.run_id)) as store:
-        await Station(folder, home, store, options).run(stop)
+        station = Station(folder, home, store, options)
+        async with AsyncExitStack() as stack:
+            if options.dashboard is not None:
+                await stack.enter_async_context(dashboard(options.dashboard, store.path, station.live))
+            await station.run(stop)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peer.client import as_user_error
+from peer.connection import as_user_error
 from peer.errors import UserCode, UserError
 from peer.find import Finder
 from peer.net.errors import LinkError

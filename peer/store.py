@@ -6,7 +6,7 @@ A home folder belongs to one program at a time:
     <home>/lock                             held while a program runs here
     <home>/log.jsonl                        one event a line (peer.telemetry)
     <home>/runs/<run_id>/journal.sqlite     records and packets (peer.journal)
-    <home>/runs/<run_id>/blobs/             packets and updates by digest, bundles by record
+    <home>/runs/<run_id>/blobs/             packets, updates and amendments by digest, bundles by record
     <home>/runs/<run_id>/states/            outer parameters by state root
     <home>/runs/<run_id>/replica.safetensors  a peer's residual, moments and packet in flight (peer.keep)
 
@@ -34,7 +34,7 @@ from protocol.identity import PrivateKey
 from protocol.layout import Layout, piece_hashes, state_root
 from protocol.limits import PIECE_BYTES
 
-BLOB_KINDS = ("packet", "update", "bundle")
+BLOB_KINDS = ("packet", "update", "bundle", "amendment")
 _TEMPORARY = ".tmp"
 _DIGEST_HEX = re.compile(r"[0-9a-f]{64}")
 _HASH_BYTES = 32

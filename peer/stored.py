@@ -30,7 +30,10 @@ class Stored:
         self.path = path
         self.journal = path / "journal.sqlite"
         self.blobs, self.states = BlobStore(path / "blobs"), StateStore(path / "states")
-        self._connection = sqlite3.connect(f"file:{quote(str(self.journal.absolute()))}?mode=ro", uri=True)
+        try:
+            self._connection = sqlite3.connect(f"file:{quote(str(self.journal.absolute()))}?mode=ro", uri=True)
+        except sqlite3.DatabaseError as error:
+            raise self._unreadable(error) from error
 
     def close(self) -> None:
         """Close the journal."""
@@ -40,9 +43,12 @@ class Stored:
         try:
             return self._connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
-            raise UserError(
-                UserCode.DAMAGED_STORE, f"the journal {self.journal} cannot be read ({error})", "restore it from a copy"
-            ) from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: sqlite3.DatabaseError) -> UserError:
+        return UserError(
+            UserCode.DAMAGED_STORE, f"the journal {self.journal} cannot be read ({error})", "restore it from a copy"
+        )
 
     def head(self) -> int:
         """The newest round, -1 when there is none."""

@@ -25,10 +25,12 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from peer.errors import os_errors, printable
+from peer.trackers import Tracker
 
 LOG_BYTES_MAX = 16 << 20  # then the file is kept once as log.jsonl.1 and begun anew
 PLAIN_INTERVAL_S = 5.0  # between two progress lines where there is no terminal
 WINDOW = 64  # reports over which speed is measured
+CLOSE_S = 3.0  # how long a tracker may take to finish
 
 
 class Telemetry:
@@ -36,6 +38,8 @@ class Telemetry:
 
     `program` marks each event, so that the logs of several programs can be read together. A log file that cannot be
     opened is a UserError; one that fails later (a full disk) is given up with one warning, because training goes on.
+    `listener`, if set, hears the name and the facts of every event before it is written; so does a `tracker`, which
+    like the log file is given up when it fails.
     """
 
     def __init__(
@@ -46,11 +50,14 @@ class Telemetry:
         json_stdout: bool,
         stderr: TextIO | None = None,
         stdout: TextIO | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         self._program = program
+        self._tracker = tracker
         self._file = None if file is None else LogFile(file)
         self._stdout = (stdout or sys.stdout) if json_stdout else None
         self._lock = threading.Lock()
+        self.listener: Callable[[str, Mapping[str, Any]], None] | None = None
         self.console = _Console(file=stderr or sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def __enter__(self) -> "Telemetry":
@@ -66,25 +73,48 @@ class Telemetry:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         structlog.reset_defaults()
+        self.close()
+
+    def close(self) -> None:
+        """Finish what is written to: for a program that leaves at once."""
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            # It may want to talk to a machine that does not answer, and nobody waits long for that.
+            closing = threading.Thread(target=tracker.close, daemon=True)
+            closing.start()
+            closing.join(CLOSE_S)
         if self._file is not None:
             self._file.close()
 
-    def progress(self, rounds: int, steps_per_round: int) -> "Progress":
-        """A progress display for a run of so many rounds of so many inner steps."""
-        return Progress(self.console, rounds, steps_per_round)
+    def say(self, sentence: str) -> None:
+        """Tell people something that is no event."""
+        with self._lock:
+            self.console.say(printable(sentence))
 
     def _write(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
         """The last processor: it writes the event and tells structlog that nothing is left to do."""
         now = datetime.now(UTC)
         level, name = event.pop("level"), event.pop("event")
         line = json_line(now, self._program, level, name, event)
+        if self.listener is not None:
+            self.listener(name, event)
         with self._lock:
             self.console.say(human_line(now, level, name, event))
             if self._file is not None:
                 self._write_file(line)
             if self._stdout is not None:
                 self._write_stdout(line)
+            if self._tracker is not None:
+                self._track(name, event)
         raise structlog.DropEvent
+
+    def _track(self, name: str, facts: Mapping[str, Any]) -> None:
+        assert self._tracker is not None
+        try:
+            self._tracker.heard(name, facts)
+        except Exception as error:  # noqa: BLE001 - somebody else's code; training goes on without it
+            self.console.say(printable(f"warning: the tracker is given up: {type(error).__name__}: {error}"))
+            self._tracker = None
 
     def _write_file(self, line: str) -> None:
         assert self._file is not None

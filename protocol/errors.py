@@ -14,6 +14,7 @@ class Code(IntEnum):
     OTHER_RUN = 202
     BAD_INVITE = 203
     VERSION = 204
+    BAD_AMENDMENT = 205
     # 3xx packets (3x0-3x4 header, the rest sections and transport)
     BAD_MAGIC = 301
     TRUNCATED = 302
@@ -35,6 +36,7 @@ class Code(IntEnum):
     LATE = 319
     NOT_A_MEMBER = 320
     NO_QUORUM = 321
+    BANNED = 322
     # 4xx updates
     BAD_COUNT = 401
     BAD_EXPONENT = 402

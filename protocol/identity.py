@@ -16,7 +16,7 @@ KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 DIGEST_BYTES = 32
 NO_DIGEST = bytes(DIGEST_BYTES)
-DOMAINS = frozenset({"run", "packet", "update", "record", "dht", "invite", "join-aggregator", "join-peer"})
+DOMAINS = frozenset({"run", "packet", "update", "record", "dht", "invite", "join-aggregator", "join-peer", "amendment"})
 
 _KEY_TEXT = "sparseloco-peer-key-1"
 _P = 2**255 - 19

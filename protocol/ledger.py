@@ -14,7 +14,7 @@ from protocol.limits import CLIP_ONE, CONTRIBUTORS_MAX, RECORD_BYTES_MAX, RECORD
 from protocol.run import RunConfig
 
 _MAGIC = b"SLRR"
-_HEAD = struct.Struct("<4sHBB32sII32s32s32sQQI")
+_HEAD = struct.Struct("<4sHBB32sII32s32s32s32sQQIII")
 _ENTRY = struct.Struct("<32s32sBHQIHI")
 
 
@@ -24,6 +24,7 @@ class Kind(IntEnum):
     GENESIS = 0
     APPLIED = 1
     NULL = 2
+    ROLLBACK = 3
 
 
 class CloseReason(IntEnum):
@@ -33,6 +34,7 @@ class CloseReason(IntEnum):
     COMPLETE = 1
     GRACE = 2
     DEADLINE = 3
+    OPERATOR = 4
 
 
 class Verdict(IntEnum):
@@ -69,7 +71,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """How one round ended. Made unsigned; `sign_record` adds the aggregator's key and signature."""
+    """How one round ended. Made unsigned; `sign_record` adds the aggregator's key and signature.
+
+    `amendment` names the newest amendment of the run that is announced or in force. `loss_micronats` is what the
+    aggregator measured, in 1e-6 nats a token: the validation loss after round `evaluated_round`. 0 is none.
+    """
 
     run_id: bytes
     round: int
@@ -82,6 +88,9 @@ class RoundRecord:
     opened_ms: int
     closed_ms: int
     entries: tuple[Entry, ...]
+    amendment: bytes = NO_DIGEST
+    evaluated_round: int = 0
+    loss_micronats: int = 0
     aggregator: bytes = NO_DIGEST
     signature: bytes = bytes(SIGNATURE_BYTES)
 
@@ -98,8 +107,11 @@ class RoundRecord:
             self.previous,
             self.state_root,
             self.update_digest,
+            self.amendment,
             self.opened_ms,
             self.closed_ms,
+            self.evaluated_round,
+            self.loss_micronats,
             len(self.entries),
         )
         entries = (_ENTRY.pack(*(getattr(entry, name) for name in _ENTRY_FIELDS)) for entry in self.entries)
@@ -125,7 +137,8 @@ class RoundRecord:
         if len(data) < _HEAD.size:
             raise ProtocolError(Code.TRUNCATED, "the round record ends in its head")
         head = _HEAD.unpack_from(data)
-        _, version, kind, reason, run_id, number, epoch, previous, root, update, opened, closed, count = head
+        _, version, kind, reason, run_id, number, epoch, previous, root, update, amendment = head[:11]
+        opened, closed, evaluated_round, loss, count = head[11:]
         if version != VERSION:
             raise ProtocolError(Code.VERSION, f"the record has version {version}, this program reads {VERSION}")
         if count > RECORD_ENTRIES_MAX or len(data) > RECORD_BYTES_MAX:
@@ -150,6 +163,9 @@ class RoundRecord:
             opened,
             closed,
             entries,
+            amendment,
+            evaluated_round,
+            loss,
             key,
             signature,
         )
@@ -195,9 +211,14 @@ def _head_problem(record: RoundRecord) -> str:
         return "an applied round names its update, any other names none"
     if (record.kind == Kind.GENESIS) != (record.round == 0):
         return "the genesis record, and no other, is round 0"
+    if (record.kind == Kind.ROLLBACK) != (record.reason == CloseReason.OPERATOR):
+        return "the operator closes the rounds that take the run back, and no other"
+    if record.evaluated_round >= record.round if record.loss_micronats else record.evaluated_round > 0:
+        return "the loss is of no state before this round"
     if record.kind == Kind.GENESIS:
-        if record.previous != NO_DIGEST or record.reason != CloseReason.NONE or record.entries:
-            return "the genesis record has no previous record, no reason and no entries"
+        named = record.previous != NO_DIGEST or record.amendment != NO_DIGEST
+        if named or record.reason != CloseReason.NONE or record.entries:
+            return "the genesis record has no previous record, no amendment, no reason and no entries"
     elif record.reason == CloseReason.NONE:
         return "the record does not say why the round closed"
     if record.kind == Kind.NULL and record.reason != CloseReason.DEADLINE:

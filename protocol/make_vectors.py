@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from protocol.cases import (
+    amendments,
     arithmetic,
     bundles,
     compress,
@@ -35,6 +36,7 @@ FILES: dict[str, Callable[[], Iterable[Vector]]] = {
     "arithmetic.json": arithmetic.vectors,
     "bundles.json": bundles.vectors,
     "records.json": records.vectors,
+    "amendments.json": amendments.vectors,
     "follow.json": follow.vectors,
     "meeting.json": meeting.vectors,
 }

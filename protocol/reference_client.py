@@ -1,9 +1,10 @@
 """The numpy reference behind the line protocol of README.md: `python -m protocol.reference_client`."""
 
+import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol import invite, ledger, records, wire
+from protocol.amendment import Amendment, Amendments, check_rollback
 from protocol.arithmetic import Contribution, merge, weight_of
 from protocol.compress import compress, dequantize, error_feedback, to_float32
 from protocol.errors import Code, ProtocolError
-from protocol.identity import PrivateKey, check_key, merkle_root, verify
+from protocol.identity import NO_DIGEST, PrivateKey, check_key, digest, merkle_root, verify
 from protocol.layout import Layout, TensorSpec, state_root
 from protocol.packet import Packet, PacketHeader, check_packet, make_packet
 from protocol.packing import decode_section, encode_section
 from protocol.round import RESENDABLE
-from protocol.run import RunConfig, SignedRun
+from protocol.run import AMENDABLE, RunConfig, SignedRun, canonical_json
 from protocol.update import (
     Update,
     UpdateHeader,
@@ -170,9 +172,45 @@ def _check_record(request: Request) -> Facts:
     return {**facts, "accepted": accepted}
 
 
+def _check_amendment(request: Request) -> Facts:
+    amendment = Amendment.from_bytes(_bytes(request), _run(request))
+    return {"digest": amendment.digest.hex(), "number": amendment.number, "round": amendment.round}
+
+
+def _amendments(run: RunConfig, items: Sequence[str]) -> list[Amendment]:
+    return [Amendment.from_bytes(bytes.fromhex(item), run) for item in items]
+
+
+def _check_amendments(request: Request) -> Facts:
+    run = _run(request)
+    chain = Amendments(run)
+    for amendment in _amendments(run, request["known"]):
+        chain = chain.append(amendment)
+    record = ledger.RoundRecord.from_bytes(_bytes(request, "record"))
+    chain = chain.follow(record, _amendments(run, request["amendments"]))
+    return {"head": chain.head.hex(), "rounds": [_in_force(chain, round) for round in request["rounds"]]}
+
+
+def _in_force(chain: Amendments, round: int) -> Facts:
+    run = chain.config_at(round)
+    settings = canonical_json({table: dataclasses.asdict(getattr(run, table)) for table in AMENDABLE})
+    return {
+        "settings": settings.decode("ascii"),
+        "banned": sorted(peer.hex() for peer in chain.banned_at(round)),
+        "paused": chain.paused_at(round),
+        "rollback": chain.rollback_at(round),
+    }
+
+
 def _check_link(request: Request) -> Facts:
     previous = ledger.RoundRecord.from_bytes(_bytes(request, "previous"))
     ledger.check_link(previous, ledger.RoundRecord.from_bytes(_bytes(request)))
+    return {}
+
+
+def _check_rollback(request: Request) -> Facts:
+    target = ledger.RoundRecord.from_bytes(_bytes(request, "target"))
+    check_rollback(ledger.RoundRecord.from_bytes(_bytes(request)), target)
     return {}
 
 
@@ -295,6 +333,8 @@ class _Replica:
     run: RunConfig
     head: ledger.RoundRecord
     packets: dict[int, bytes]
+    stored: dict[bytes, bytes]
+    chain: Amendments
     held: dict[int, ledger.RoundRecord] = field(default_factory=dict)
     heads: set[bytes] = field(default_factory=set)
     waiting: tuple[int, bytes] | None = None
@@ -318,11 +358,13 @@ class _Replica:
         if record.epoch < self.head.epoch:
             return "lower"
         if self._follows(record):
+            self.chain = self.chain.follow(record, self.trace(self.chain, record.amendment))
             self.move(record)
-            return "next"
+            return "rollback" if record.kind == ledger.Kind.ROLLBACK else "next"
         if record.round > self.head.round + 1:
             return "gap"
         if record.epoch > self.head.epoch:
+            self.load(record)
             self.held.clear()
             self.move(record)
             return "branch"
@@ -330,10 +372,31 @@ class _Replica:
 
     def train(self, round: int, base_root: bytes, steps: int) -> int:
         """How many inner steps to do in a round that an aggregator says is open."""
+        run = self.chain.config_at(self.head.round + 1)
         fits = round == self.head.round + 1 and base_root == self.head.state_root
-        if not fits or self.waiting is not None or self.head.round >= self.run.outer.rounds:
+        if not fits or self.waiting is not None or self.head.round >= run.outer.rounds:
             return 0
-        return min(max(steps, 1), self.run.inner.steps)
+        return min(max(steps, 1), run.inner.steps)
+
+    def load(self, record: ledger.RoundRecord) -> None:
+        """Take in all amendments that a record names whose state is loaded."""
+        chain = Amendments(self.run)
+        for amendment in self.trace(chain, record.amendment):
+            chain = chain.append(amendment)
+        chain.check(record)
+        self.chain = chain
+
+    def trace(self, known: Amendments, head: bytes) -> list[Amendment]:
+        """Fetch the amendments after the known ones up to the one of this digest."""
+        found: list[Amendment] = []
+        while head != known.head:
+            if head == NO_DIGEST:
+                raise ProtocolError(Code.BAD_AMENDMENT, "the amendments do not go on from the known ones")
+            if head not in self.stored:
+                raise ProtocolError(Code.NOT_FOUND, "the amendment is not there")
+            found.insert(0, Amendment.from_bytes(self.stored[head], self.run))
+            head = found[0].previous if found[0].number > 1 else NO_DIGEST
+        return found
 
     def _follows(self, record: ledger.RoundRecord) -> bool:
         try:
@@ -345,7 +408,10 @@ class _Replica:
 
 def _follow(request: Request) -> Facts:
     run, held = _run(request), ledger.RoundRecord.from_bytes(_bytes(request, "held"))
-    replica = _Replica(run, held, {round: bytes.fromhex(digest) for round, digest in request["packets"]})
+    stored = {digest("amendment", data): data for data in _list(request, "amendments")}
+    packets = {round: bytes.fromhex(packet) for round, packet in request["packets"]}
+    replica = _Replica(run, held, packets, stored, Amendments(run))
+    replica.load(held)
     replica.move(held)
     return {
         "decisions": [_decide(replica, event) for event in request["events"]],
@@ -364,9 +430,9 @@ def _decide(replica: _Replica, event: Request) -> str | int:
     try:
         record = ledger.RoundRecord.from_bytes(_bytes(event, "record"))
         ledger.check_record(record, replica.run)
+        return replica.take(record)
     except ProtocolError as error:
         return int(error.code)
-    return replica.take(record)
 
 
 _HANDLERS: dict[tuple[str, str], Callable[[Request], Facts]] = {
@@ -382,6 +448,9 @@ _HANDLERS: dict[tuple[str, str], Callable[[Request], Facts]] = {
     ("check", "bundle"): _check_bundle,
     ("check", "record"): _check_record,
     ("check", "link"): _check_link,
+    ("check", "amendment"): _check_amendment,
+    ("check", "amendments"): _check_amendments,
+    ("check", "rollback"): _check_rollback,
     ("check", "dht"): _check_dht,
     ("check", "invite"): _check_invite,
     ("check", "challenge"): _check_challenge,

@@ -66,6 +66,11 @@ class Left:
 
 
 @dataclass(frozen=True)
+class RolledBack:
+    """The operator's amendments take the run back in this round, so it closes at once and no packet counts."""
+
+
+@dataclass(frozen=True)
 class Tick:
     """Nothing happened, but time passed."""
 
@@ -115,7 +120,7 @@ class Close:
     submissions: tuple[Submission, ...]
 
 
-AggregatorEvent = Arrived | Refused | Joined | Left | Tick
+AggregatorEvent = Arrived | Refused | Joined | Left | RolledBack | Tick
 AggregatorEffect = Accept | Reject | WakeAt | Close
 
 
@@ -195,12 +200,12 @@ class AggregatorRound:
         """When the round closes at the latest. It moves only when somebody comes to a round that nobody was in."""
         return self.started_s + self._rules.deadline_s
 
-    def next(self, base_root: bytes, opened_s: float) -> "AggregatorRound":
-        """Open the round after this one, with the members of now and what this one taught about arrivals."""
+    def next(self, run: RunConfig, base_root: bytes, opened_s: float) -> "AggregatorRound":
+        """Open the round after this one, with the members of now and what this one taught about arrivals.
+
+        `run` has the settings of that round, which amendments may have changed."""
         assert self.closed, "a round opens when the one before it has closed"
-        return AggregatorRound(
-            self.run, self.round + 1, base_root, opened_s, members=self.members, history=self.history
-        )
+        return AggregatorRound(run, self.round + 1, base_root, opened_s, members=self.members, history=self.history)
 
     def refusal(self, peer: bytes, digest: bytes) -> Code | None:
         """Say before its bytes are read why a packet would be rejected; None when it is welcome."""
@@ -228,6 +233,9 @@ class AggregatorRound:
                 self._present.add(event.peer)
             case Left():
                 self._present.discard(event.peer)
+            case RolledBack():
+                if not self.closed:
+                    effects.append(self._close(Kind.ROLLBACK, CloseReason.OPERATOR))
             case Tick():
                 self._wake_at_s = None  # it may come a little early, and is then wished for again
         if not self.closed:
@@ -295,8 +303,10 @@ class AggregatorRound:
         return [WakeAt(wake_at_s)]
 
     def _close(self, kind: Kind, reason: CloseReason) -> Close:
-        """Close. In a null round nothing counts, so its packets get a code and their senders keep the mass."""
+        """Close. In a null round or a rollback nothing counts: packets get a code, and their senders keep the mass."""
         verdict, code = (Verdict.ACCEPTED, 0) if kind == Kind.APPLIED else (Verdict.REFUSED, int(Code.NO_QUORUM))
+        if kind == Kind.ROLLBACK:
+            verdict, code = Verdict.LATE, int(Code.LATE)
         submissions = [
             Submission(item.peer, item.digest, verdict, code, item.tokens, item.inner_steps)
             for item in self._accepted.values()
@@ -304,7 +314,7 @@ class AggregatorRound:
         submissions += [
             Submission(item.peer, item.digest, Verdict.REFUSED, int(item.code), 0, 0) for item in self._refused.values()
         ]
-        if kind == Kind.NULL:
+        if kind != Kind.APPLIED:
             self._accepted.clear()
         self.closed = True
         self.history = self.history.add(self._arrivals_s)
@@ -372,10 +382,13 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Applied:
-    """Answer to ApplyUpdate or LoadState: the outer parameters now have this root."""
+    """Answer to ApplyUpdate or LoadState: the outer parameters now have this root.
+
+    `run` has the settings of the round after this one, where they are others than those of the round before it."""
 
     round: int
     state_root: bytes
+    run: RunConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -398,6 +411,8 @@ class Failed:
 @dataclass(frozen=True)
 class TrainInner:
     """Do so many inner steps: from the outer parameters, or on from the `done` steps that were done ahead.
+
+    Steps ahead that `done` does not count are thrown away.
 
     `ahead` says that the round is not open yet: train on from the packet in flight, and carry the steps over to the
     outer parameters of whatever update comes."""
@@ -577,7 +592,9 @@ class ReplicaRound:
     def __init__(
         self, run: RunConfig, *, record: RoundRecord | None = None, packet: tuple[int, bytes] | None = None
     ) -> None:
-        """Start from what is stored: the record of the held state, and the round and digest of an unsettled packet."""
+        """Start from what is stored: the record of the held state, and the round and digest of an unsettled packet.
+
+        `run` has the settings of the round after that record; `Applied` brings those of later rounds."""
         assert packet is None or (record is not None and packet[0] == record.round + 1), "a packet follows its record"
         self.run = run
         self.record = record
@@ -588,6 +605,7 @@ class ReplicaRound:
         self._work = None if packet is None else _Work(packet[0], digest=packet[1])
         self._ahead = _Ahead()
         self._opened: Opened | None = None
+        self._opened_at_s = 0.0
         self._skipped_round = 0
         self._connected = False
         self._stopping = False
@@ -650,9 +668,12 @@ class ReplicaRound:
         """Note the round. What it says is bounded, because it is not signed."""
         if self._opened is not None and event.round < self._opened.round:
             return
-        self._opened = event
-        closes_in_s = min(max(event.closes_in_s, 0.0), self.run.rounds.deadline_s)
-        self._pace.opened(event.round, now_s + closes_in_s, now_s)
+        self._opened, self._opened_at_s = event, now_s
+        self._bound(event)
+
+    def _bound(self, opened: Opened) -> None:
+        closes_in_s = min(max(opened.closes_in_s, 0.0), self.run.rounds.deadline_s)
+        self._pace.opened(opened.round, self._opened_at_s + closes_in_s, self._opened_at_s)
 
     def _take_record(self, record: RoundRecord, effects: list[ReplicaEffect]) -> None:
         """Put a record where it belongs: known, next, beyond a gap, or on another branch of higher epoch."""
@@ -752,9 +773,20 @@ class ReplicaRound:
             self._reload = True
             return
         self.record = job.record
+        self._amend(event.run)
         del self._queue[: place + 1]
         self._reload = self._reload and isinstance(job, ApplyUpdate) and bool(self._queue)
         self._backoff_s = RETRY_S_MIN
+
+    def _amend(self, run: RunConfig | None) -> None:
+        """Go by the settings of the next round. Steps that were done ahead by other ones do not count in it."""
+        if run is None:
+            return
+        if run.inner != self.run.inner:
+            self._ahead = _Ahead()
+        self.run = run
+        if self._opened is not None:
+            self._bound(self._opened)
 
     def _failed(self, event: Failed, now_s: float, effects: list[ReplicaEffect]) -> None:
         job, self._job = self._job, None
@@ -825,6 +857,9 @@ class ReplicaRound:
             return CatchUp(min(held, key=lambda item: item.round), self._wanted)
         if self._queue:
             self._settle(now_s, effects)
+            if any(record.kind == Kind.ROLLBACK for record in self._queue):
+                # No update leads there, and what was done ahead is part of what the operator takes back.
+                self._reload, self._ahead = True, _Ahead()
             return LoadState(self._queue[-1]) if self._reload else ApplyUpdate(self._queue[0])
         if self.record is None:
             return None

@@ -10,8 +10,9 @@ import json
 import math
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from protocol.errors import Code, ProtocolError
@@ -22,6 +23,8 @@ from protocol.limits import ALPHA_MAX, ALPHA_ONE, CHUNK, CONTRIBUTORS_MAX, RUN_B
 _MAGIC = b"SLRN"
 _HEAD_BYTES = 10
 AGGREGATORS_MAX = 64
+AMENDABLE = ("inner", "compression", "outer", "rounds")  # the tables that an amendment may change
+Setting = bool | int | float | str
 
 
 @dataclass(frozen=True)
@@ -311,6 +314,8 @@ class RunConfig(RunSettings):
     """Names and shapes of the tensors."""
     genesis_root: bytes
     """State root of the initial parameters."""
+    amends: bytes = b""
+    """Of settings that amendments changed: the run_id, which stays that of the run. Not part of the JSON."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -366,8 +371,22 @@ class RunConfig(RunSettings):
 
     @cached_property
     def run_id(self) -> bytes:
-        """The 32 bytes that name this run."""
-        return digest("run", self.to_json())
+        """The 32 bytes that name this run, whatever amendments have changed since."""
+        return self.amends or digest("run", self.to_json())
+
+    def amended(self, changes: Mapping[str, Setting]) -> "RunConfig":
+        """Return the same run with other settings, such as {"inner.learning_rate": 0.001}.
+
+        Raises ValueError that names the key, what is accepted and the remedy."""
+        tables: dict[str, dict[str, Setting]] = {}
+        for key, value in changes.items():
+            kind_of_setting(key)
+            table, _, name = key.partition(".")
+            tables.setdefault(table, {})[name] = value
+        changed: dict[str, Any] = {
+            table: dataclasses.replace(getattr(self, table), **values) for table, values in tables.items()
+        }
+        return dataclasses.replace(self, **changed, amends=self.run_id)
 
     @property
     def nominal_tokens(self) -> int:
@@ -383,6 +402,40 @@ _TABLES: dict[str, Any] = {
     "outer": OuterConfig,
     "rounds": RoundConfig,
 }
+
+
+@cache
+def _amendable() -> dict[str, tuple[type, _Between | _OneOf | _Text]]:
+    """Type and rule of every setting that an amendment may change, by its key such as "inner.learning_rate"."""
+    return {
+        f"{table}.{name}": get_args(hint)
+        for table in AMENDABLE
+        for name, hint in get_type_hints(_TABLES[table], include_extras=True).items()
+        if get_origin(hint) is Annotated
+    }
+
+
+def kind_of_setting(key: str) -> type:
+    """The type (bool, int, float or str) of a setting such as "inner.learning_rate" that an amendment may change.
+
+    Raises ValueError with the remedy when there is no such setting, or when it cannot change."""
+    accepted = _amendable()
+    if key not in accepted and key.partition(".")[0] in {"name", *_TABLES} - set(AMENDABLE):
+        raise ValueError(
+            f"{_shown(key)} is part of what the run is and cannot change; "
+            f"only settings of {', '.join(AMENDABLE)} can; start a new run for anything else"
+        )
+    if key not in accepted:
+        near = difflib.get_close_matches(key[:64], accepted, n=1)
+        remedy = f'did you mean "{near[0]}"?' if near else 'write it as "table.key", for example "inner.learning_rate"'
+        raise ValueError(f"unknown setting {_shown(key)}; {remedy}")
+    return accepted[key][0]
+
+
+def is_setting(key: str, value: Setting) -> bool:
+    """Whether an amendment may give this value, in its one form, to the setting of this key."""
+    kind, rule = _amendable().get(key, (None, None))
+    return rule is not None and type(value) is kind and rule.accepts(value)
 
 
 def canonical_json(document: Any) -> bytes:
@@ -417,7 +470,7 @@ def _refuse_unknown(values: dict[str, Any], accepted: list[str], place: str) -> 
 
 def _run_of(document: Any) -> RunConfig:
     """Make a RunConfig from parsed JSON. Raises ValueError or TypeError."""
-    accepted = [item.name for item in dataclasses.fields(RunConfig)]
+    accepted = [item.name for item in dataclasses.fields(RunConfig) if item.name != "amends"]
     if not isinstance(document, dict):
         raise ValueError("a run is a JSON object")
     _refuse_unknown(document, accepted, "")
@@ -502,4 +555,5 @@ class SignedRun:
 def sign_run(config: RunConfig, key: PrivateKey) -> SignedRun:
     """Sign a run with its operator's key."""
     assert key.public == config.operator, "a run is signed by its operator"
+    assert not config.amends, "what is signed is the run itself, not what amendments made of it"
     return SignedRun(config, key.sign("run", config.to_json()))

@@ -37,7 +37,8 @@ WORLD = {
 }
 # From the longest prefix to the shortest: a room, and which rooms and packages it must not import. A room is a folder
 # or a module; `programs` are the modules directly in peer/ that are none of the small shared ones.
-SHARED = {"peer.errors", "peer.journal", "peer.store", "peer.telemetry", "peer.config"}
+SHARED = {"peer.errors", "peer.journal", "peer.store", "peer.telemetry", "peer.config", "peer.limits"}
+SHARED |= {"peer.schedule", "peer.trackers"}
 FORBIDDEN: dict[str, set[str]] = {
     "protocol": {"peer", "bench", "tests", *WORLD},
     "protocol.conformance": {"peer", "bench", "tests"},  # a command line that runs somebody's client
@@ -116,7 +117,8 @@ def _imports(module: str, tree: ast.Module, is_package: bool) -> Iterator[tuple[
             yield line, "hivemind lives behind peer.net.directory alone"
         if module in SHARED and within(name, "peer") and not any(within(name, shared) for shared in SHARED):
             yield line, f"{module} is used by everybody and must not import {name}"
-        if within(name, "peer.cli") and module not in ("peer.cli", "peer.__main__") and not within(module, "tests"):
+        from_outside = not any(within(module, room) for room in ("peer.cli", "peer.commands", "tests"))
+        if from_outside and any(within(name, room) for room in ("peer.cli", "peer.commands")):
             yield line, f"the command line imports the programs, so {module} must not import {name}"
         if top in NEVER_IMPORTED:
             yield line, f"{top} is never imported: it runs what strangers send"

@@ -60,16 +60,7 @@ class InnerOptimizer:
         The batch goes through the model `micro_batch` sequences at a time; 0 means all at once. Raises ValueError when
         the loss or the gradient is no longer finite, before parameters and moments see it.
         """
-        device = self.flat.values.device
-        self.flat.gradients.zero_()
-        total = torch.zeros((), device=device)
-        size = micro_batch or len(tokens)
-        for start in range(0, len(tokens), size):
-            part = tokens[start : start + size]
-            with autocast(device, self.dtype):
-                loss = self.model.loss(part.to(device, non_blocking=True)) * (len(part) / len(tokens))
-            torch.autograd.backward(loss)
-            total += loss.detach()
+        total = self.backward(tokens, micro_batch, self.dtype)
         norm = torch.linalg.vector_norm(self.flat.gradients)
         # Both in one transfer: on a GPU each is a wait.
         loss_value, norm_value = torch.stack((total, norm)).tolist()
@@ -81,6 +72,20 @@ class InnerOptimizer:
         self._adam.step()
         self.own_steps += 1
         return float(loss_value)
+
+    def backward(self, tokens: Tensor, micro_batch: int, dtype: torch.dtype) -> Tensor:  # i64[B, T + 1] -> f32[]
+        """Leave the gradient of the batch's mean loss (nats a token) in the flat gradients, and return that loss."""
+        device = self.flat.values.device
+        self.flat.gradients.zero_()
+        total = torch.zeros((), device=device)
+        size = micro_batch or len(tokens)
+        for start in range(0, len(tokens), size):
+            part = tokens[start : start + size]
+            with autocast(device, dtype):
+                loss = self.model.loss(part.to(device, non_blocking=True)) * (len(part) / len(tokens))
+            torch.autograd.backward(loss)
+            total += loss.detach()
+        return total
 
     def state(self) -> dict[str, Tensor]:
         """What a restart needs: both moments (f32[N], not copied) and the steps that they have seen (i64[])."""

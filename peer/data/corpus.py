@@ -33,15 +33,14 @@ def embedded_documents(name: str) -> list[str]:
     return text.decode("utf-8").split(SEPARATOR)
 
 
-def split_documents(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str]]:
-    """Split into (training, validation): the last `validation_fraction` of the documents are held out.
+def held_out(count: int, validation_fraction: float) -> int:
+    """How many of so many documents are held out: the last `validation_fraction` of them.
 
     Whole documents are held out, never random windows: a window's neighbours in training would leak it.
     At least one document stays on each side. Raises ValueError when that is impossible.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}; choose a number between 0 and 1, such as 0.05")
-    if len(documents) < 2:
+    if count < 2:
         raise ValueError("a corpus needs at least two documents, one to train on and one to validate on")
-    held_out = min(max(1, round(len(documents) * validation_fraction)), len(documents) - 1)
-    return documents[:-held_out], documents[-held_out:]
+    return min(max(1, round(count * validation_fraction)), count - 1)

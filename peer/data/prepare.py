@@ -2,14 +2,14 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from peer.data.corpus import EMBEDDED, embedded_documents, split_documents
+from peer.data.corpus import EMBEDDED, embedded_documents, held_out
 from peer.data.sampler import validation_windows, window_count, windows_for
 from peer.data.shards import Shard, open_shard, write_shard
 from peer.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
@@ -78,10 +78,12 @@ def read_windows(
 def prepare(config: DataConfig, cache: Path, data_paths: Mapping[str, Path]) -> Dataset:
     """Open the run's token shards; those of an embedded corpus are made in the folder `cache` on first use.
 
-    A corpus that is not embedded is a folder in `data_paths`, made by `write_corpus`. Raises ValueError when
-    the data are missing, damaged or not those that the run names.
+    A corpus that is not embedded is a folder in `data_paths`, or one of its name in `cache`, made by `write_corpus`.
+    Raises ValueError when the data are missing, damaged or not those that the run names.
     """
     folder = data_paths.get(config.corpus)
+    if folder is None and config.corpus not in EMBEDDED and (cache / config.corpus).is_dir():
+        folder = cache / config.corpus
     tokenizer = _open_tokenizer(config, folder)
     if folder is None:
         dataset = _embedded(config, tokenizer, cache)
@@ -95,14 +97,25 @@ def prepare(config: DataConfig, cache: Path, data_paths: Mapping[str, Path]) -> 
     return dataset
 
 
-def write_corpus(documents: list[str], tokenizer: Tokenizer, folder: Path, validation_fraction: float) -> None:
-    """Write documents (oldest first) as the shards of a corpus folder: the last ones become the validation stream."""
-    train, validation = split_documents(documents, validation_fraction)
-    for name, part in ((VALIDATION, validation), (TRAIN, train)):
+def write_corpus(
+    documents: Iterable[str], count: int, tokenizer: Tokenizer, folder: Path, validation_fraction: float
+) -> None:
+    """Write `count` documents (oldest first) as the shards of a corpus folder: the last ones become the validation.
+
+    Raises ValueError when documents and fraction leave one of both empty.
+    """
+    training = count - held_out(count, validation_fraction)
+    rest = iter(documents)
+    for name, part in ((TRAIN, itertools.islice(rest, training)), (VALIDATION, rest)):
         write_shard(folder / name, _tokens_of(part, tokenizer), tokenizer.vocab_size)
 
 
-def _tokens_of(documents: list[str], tokenizer: Tokenizer) -> Iterator[NDArray[np.uint32]]:
+def open_corpus(folder: Path, tokenizer: Tokenizer) -> Dataset:
+    """Open a corpus folder outside any run, and check its hashes. Raises ValueError."""
+    return _open(DataConfig(), tokenizer, folder, verify=True)
+
+
+def _tokens_of(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[NDArray[np.uint32]]:
     end = np.array([tokenizer.end_of_document], dtype=np.uint32)
     return itertools.chain.from_iterable((tokenizer.encode(document), end) for document in documents)
 
@@ -131,5 +144,6 @@ def _embedded(config: DataConfig, tokenizer: Tokenizer, cache: Path) -> Dataset:
         return _open(config, tokenizer, folder, verify=True)
     except ValueError:
         # Missing, or damaged by a full disk or a power cut: the text is here, so make them again.
-        write_corpus(embedded_documents(config.corpus), tokenizer, folder, config.validation_fraction)
+        documents = embedded_documents(config.corpus)
+        write_corpus(documents, len(documents), tokenizer, folder, config.validation_fraction)
         return _open(config, tokenizer, folder, verify=True)

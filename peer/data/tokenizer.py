@@ -78,9 +78,11 @@ class JsonTokenizer:
             data = path.read_bytes()
         except OSError as error:
             raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from error
-        found = hashlib.sha256(data).hexdigest()
-        if sha256 is not None and found != sha256:
-            raise ValueError(f"{path} has sha256 {found}, the run asks for {sha256}; get the tokenizer of this run")
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 is not None and self.sha256 != sha256:
+            raise ValueError(
+                f"{path} has sha256 {self.sha256}, the run asks for {sha256}; get the tokenizer of this run"
+            )
         try:
             self._tokenizer = FastTokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises plain Exception on bad files

@@ -82,7 +82,7 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str, partial: bytes = b"") ->
             LinkFailure.CUT, f"the connection to {address} broke: {detail}", retryable=True, partial=partial
         )
     if status is grpc.StatusCode.UNIMPLEMENTED:
-        reason = f"{address} speaks gRPC but is no sparseloco-peer aggregator"
+        reason = f"{address} speaks gRPC but is no sparseloco-peer aggregator, or one of another version"
         return LinkError(LinkFailure.NOT_OURS, reason, retryable=False, partial=partial)
     reason = f"the aggregator at {address} failed: {status.name.lower()} {detail}"
     return LinkError(LinkFailure.SERVER, reason, retryable=True, partial=partial)

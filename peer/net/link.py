@@ -3,7 +3,8 @@
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncGenerator, Callable, Collection
+import time
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +23,9 @@ from peer.net.messages import (
     SERVICE,
     SESSION_BYTES,
     Aggregators,
+    Amended,
     Heartbeat,
+    Line,
     PacketStored,
     ReceiptMsg,
     RoundClosed,
@@ -32,11 +35,16 @@ from peer.net.messages import (
     transcript,
 )
 from peer.net.pb import swarm_pb2 as pb
+from peer.net.throttle import Traffic
 from peer.net.tls import NAME, Endpoint, fingerprint_of, probe
 from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey, verify
 from protocol.limits import FRAME_BYTES, RECORD_BYTES_MAX, VERSION
 
+PROBE_S = 4.0
+PROBE_PINGS = 3
+PROBE_BURST_BYTES = 1 << 14
+PROBE_BYTES = 4 << 20  # in each direction
 _STALL_S = 120.0  # a submit or fetch that moves nothing for so long is given up, though the connection seems alive
 _KEEPALIVE_S = 5.0
 _KEEPALIVE_TIMEOUT_S = 10.0
@@ -53,6 +61,7 @@ class Link:
         self.head_record = b""  # the newest that it sent, not checked
         self.standby = False
         self.ads: tuple[bytes, ...] = ()  # of other aggregators, not checked
+        self.traffic = Traffic()  # shared by all links of a program that caps or counts its bytes
         self._session = b""
         self._silence_s = 0.0
         self._closed = False
@@ -204,7 +213,7 @@ class Link:
                 reply = await call.read()
                 if not isinstance(reply, pb.SubmitReply) or reply.WhichOneof("step") != "receipt":
                     _reply(reply, "go")
-                    writer = asyncio.create_task(_send(call, data, limit))
+                    writer = asyncio.create_task(_send(call, data, limit, self.traffic))
                     reply = await call.read()
                 receipt = _reply(reply, "receipt").receipt
         except TimeoutError:
@@ -260,6 +269,7 @@ class Link:
                     raise ProtocolError(Code.BAD_MESSAGE, f"more bytes than the {size} that were announced")
                 if sink is not None:
                     sink(frame.data)
+                await self.traffic.down.take(len(frame.data))
         except TimeoutError:
             reason = f"{self.address} sent nothing for {_STALL_S:g} s"
             raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True, partial=bytes(data)) from None
@@ -273,6 +283,55 @@ class Link:
             reason = f"{self.address} ended the {kind} after {len(data)} of {size} bytes"
             raise LinkError(LinkFailure.CUT, reason, retryable=True, partial=bytes(data))
         return bytes(data)
+
+    async def amend(self, data: bytes = b"", timeout_s: float = 30.0) -> Amended:
+        """Bring an amendment, durable when this returns, or none to ask what is there."""
+        call: Any = self._control.unary_unary(
+            f"/{SERVICE}/Amend", pb.AmendRequest.SerializeToString, pb.AmendReply.FromString
+        )(pb.AmendRequest(session=self._session, amendment=data), timeout=timeout_s)
+        try:
+            reply: pb.AmendReply = await call
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self.address) from None
+        except asyncio.CancelledError as cancelled:
+            raise self._closed_under() or cancelled from None
+        if len(reply.newest) != DIGEST_BYTES:
+            raise ProtocolError(Code.BAD_MESSAGE, "the answer to an amendment is malformed")
+        return Amended(reply.newest, reply.round)
+
+    async def probe(self, seconds: float = PROBE_S) -> Line:
+        """Measure the line, in about `seconds` for each direction: what a packet will meet, over the same connection.
+
+        Bursts double from one to the next, so that the last one is long enough to be measured and a slow line is not
+        held up by the first.
+        """
+        call: Any = self._bulk.stream_stream(
+            f"/{SERVICE}/Probe", pb.ProbeRequest.SerializeToString, pb.ProbeReply.FromString
+        )()
+        try:
+            trips, ahead = [], []
+            for turn in range(PROBE_PINGS):
+                session = self._session if not turn else b""
+                sent_s, began_s = time.time(), time.perf_counter()
+                (reply,) = await _exchange(call, [pb.ProbeRequest(session=session)])
+                trips.append(time.perf_counter() - began_s)
+                ahead.append(sent_s + trips[-1] / 2 - reply.now_ms / 1000)
+            trip_s = min(trips)
+            up = await _burst_speed(call, lambda size: pb.ProbeRequest(padding=os.urandom(size)), trip_s, seconds)
+            down = await _burst_speed(call, lambda size: pb.ProbeRequest(down_bytes=size), trip_s, seconds)
+            await call.done_writing()
+            return Line(up, down, trip_s, ahead[trips.index(trip_s)])
+        except asyncio.InvalidStateError:
+            raise await self._status_error(call) from None
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self.address) from None
+        except TimeoutError:
+            reason = f"{self.address} did not answer a probe for {_STALL_S:g} s"
+            raise LinkError(LinkFailure.TIMEOUT, reason, retryable=True) from None
+        except asyncio.CancelledError as cancelled:
+            raise self._closed_under() or cancelled from None
+        finally:
+            call.cancel()
 
     def _closed_under(self, partial: bytes = b"") -> LinkError | None:
         """What a cancelled call means when it was not its task that was cancelled: the link was closed meanwhile."""
@@ -325,11 +384,14 @@ def _channel(endpoint: Endpoint, *, keepalive: bool) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(endpoint.target, grpc.ssl_channel_credentials(root), options)
 
 
-async def _send(call: Any, data: bytes, limit: asyncio.Timeout) -> None:
+async def _send(call: Any, data: bytes, limit: asyncio.Timeout, traffic: Traffic) -> None:
     """Write the frames, and push the limit on with each, so that only a standstill runs into it."""
-    view = memoryview(data)
-    for at in range(0, len(data), FRAME_BYTES):
-        await call.write(pb.SubmitRequest(frame=bytes(view[at : at + FRAME_BYTES])))
+    rest = memoryview(data)
+    while rest:
+        size = traffic.up.frame_bytes(FRAME_BYTES)
+        frame, rest = bytes(rest[:size]), rest[size:]
+        await traffic.up.take(len(frame))
+        await call.write(pb.SubmitRequest(frame=frame))
         limit.reschedule(asyncio.get_running_loop().time() + _STALL_S)
     await call.done_writing()
 
@@ -370,3 +432,40 @@ def _event(message: pb.RoundEvent) -> WatchEvent | Heartbeat | None:
             raise ProtocolError(Code.BAD_MESSAGE, "a round record is too large")
         return RoundClosed(message.closed.record, message.closed.update_bytes, message.closed.bundle_bytes)
     return None
+
+
+async def _burst_speed(call: Any, question: Callable[[int], pb.ProbeRequest], trip_s: float, seconds: float) -> float:
+    """Bytes a second of the last of some bursts, each twice as long as the one before."""
+    size, moved, began_s = PROBE_BURST_BYTES, 0, time.perf_counter()
+    while True:
+        sizes = [FRAME_BYTES] * (size // FRAME_BYTES) + [size % FRAME_BYTES] * (size % FRAME_BYTES > 0)
+        questions = [question(each) for each in sizes]
+        burst_s = time.perf_counter()
+        await _exchange(call, questions)
+        took_s = time.perf_counter() - burst_s
+        moved += size
+        if moved + 2 * size > PROBE_BYTES or time.perf_counter() - began_s + 2 * took_s > seconds:
+            return size / max(took_s - trip_s, 1e-6)
+        size *= 2
+
+
+async def _exchange(call: Any, questions: Sequence[pb.ProbeRequest]) -> list[pb.ProbeReply]:
+    """Send all of these, and wait for the answers to all of them."""
+
+    async def write() -> None:
+        for question in questions:
+            await call.write(question)
+
+    writer, replies = asyncio.create_task(write()), []
+    try:
+        async with asyncio.timeout(_STALL_S):
+            for question in questions:
+                reply = await call.read()
+                if not isinstance(reply, pb.ProbeReply) or len(reply.padding) != question.down_bytes:
+                    raise ProtocolError(Code.BAD_MESSAGE, "the answer to a probe is not what it asked for")
+                replies.append(reply)
+            await writer
+    finally:
+        writer.cancel()
+        await asyncio.gather(writer, return_exceptions=True)
+    return replies

@@ -73,6 +73,33 @@ class ReceiptMsg:
     code: int
 
 
+@dataclass(frozen=True)
+class Amended:
+    """The newest amendment that an aggregator has (32 zero bytes: none), and the round whose record takes the next."""
+
+    newest: bytes
+    round: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a probe found. Bytes are those of the payload, so what TLS and headers take is counted already.
+
+    `clock_ahead_s` is how far this machine's clock is ahead of the aggregator's, known to within `round_trip_s` / 2.
+    """
+
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    round_trip_s: float
+    clock_ahead_s: float
+
+
+def other_version(ours: int, theirs: int) -> str:
+    """Which side is too old, as an aggregator says it to a peer: an old program knows no newer version by itself."""
+    too_old = "your sparseloco-peer is too old" if theirs < ours else "the aggregator is too old"
+    return f"this aggregator speaks version {ours}, you speak {theirs}: {too_old}"
+
+
 def transcript(
     run_id: bytes, peer: bytes, client_nonce: bytes, server_nonce: bytes, certificate_sha256: bytes
 ) -> bytes:

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import secrets
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,18 +23,21 @@ from peer.net.messages import (
     NONCE_BYTES,
     SERVICE,
     Aggregators,
+    Amended,
     PacketStored,
     ReceiptMsg,
     RoundOpened,
     WatchEvent,
+    other_version,
     transcript,
 )
 from peer.net.pb import swarm_pb2 as pb
-from peer.net.sessions import ServiceLimits, Session, SessionEndedError, Sessions, first_of, source_of
+from peer.net.sessions import PerMinute, ServiceLimits, Session, SessionEndedError, Sessions, first_of, source_of
+from peer.net.throttle import Traffic
 from peer.net.tls import TlsIdentity, is_loopback
 from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey, verify
-from protocol.limits import FRAME_BYTES, RECORD_BYTES_MAX, VERSION
+from protocol.limits import AMENDMENT_BYTES_MAX, FRAME_BYTES, RECORD_BYTES_MAX, VERSION
 
 __all__ = ["Handler", "Server", "ServiceLimits", "serve"]
 
@@ -85,6 +89,9 @@ class Handler(Protocol):
     async def blob(self, kind: str, digest: bytes) -> bytes | Path | None:
         """A content-addressed blob, or None when there is none."""
 
+    async def amend(self, peer: bytes, data: bytes) -> Amended:
+        """Keep the operator's next amendment, unless `data` is empty, and say what is here then."""
+
 
 Method = Callable[["_Service", Any, Context], Awaitable[Any]]
 
@@ -121,8 +128,10 @@ class _Service:
         certificate_sha256: bytes,
         spool: Path,
         limits: ServiceLimits,
+        traffic: Traffic,
     ) -> None:
         self._handler = handler
+        self._traffic = traffic
         self._key = key
         self._run_id = run_id
         self._certificate_sha256 = certificate_sha256
@@ -133,6 +142,8 @@ class _Service:
         self._submitting: set[bytes] = set()
         self._submit_turns = asyncio.Semaphore(limits.submits_max)
         self._farewells: set[asyncio.Task[None]] = set()
+        self._probing = 0
+        self._probes = PerMinute(limits.probes_per_minute_max, "probes a minute are served")
         self.sessions = Sessions(limits)
         self.stopping = False
 
@@ -171,7 +182,7 @@ class _Service:
         if self.stopping:
             raise SessionEndedError(_STOPPING)
         if hello.version != VERSION:
-            raise ProtocolError(Code.VERSION, f"this aggregator speaks version {VERSION}, you speak {hello.version}")
+            raise ProtocolError(Code.VERSION, other_version(VERSION, hello.version))
         if hello.run_id != self._run_id:
             raise ProtocolError(Code.OTHER_RUN, "this aggregator serves another run")
         if len(hello.nonce) != NONCE_BYTES:
@@ -372,6 +383,7 @@ class _Service:
             data = chunk if isinstance(chunk, bytes) else await chunk
             if not data and offset < size:
                 raise ProtocolError(Code.NOT_FOUND, "the blob was removed meanwhile")
+            await self._traffic.up.take(len(data))
             await self._write(context, pb.BlobFrame(size=size if first else 0, data=data))
             offset += len(data)
             first = False
@@ -382,6 +394,61 @@ class _Service:
                 await context.write(message)
         except TimeoutError:
             raise ProtocolError(Code.BUSY, f"you took no data for {self._limits.frame_gap_s:g} s") from None
+
+    # Amend
+
+    @_guarded
+    async def amend(self, request: pb.AmendRequest, context: Context) -> pb.AmendReply:
+        session = self.sessions.find(request.session)
+        if len(request.amendment) > AMENDMENT_BYTES_MAX:
+            raise ProtocolError(Code.TOO_LARGE, f"an amendment has at most {AMENDMENT_BYTES_MAX} bytes")
+        session.amends.demand()
+        amended = await session.run(self._handler.amend(session.peer, request.amendment))
+        return pb.AmendReply(newest=amended.newest, round=amended.round)
+
+    # Probe
+
+    @_guarded
+    async def probe(self, _request: Any, context: Context) -> None:
+        first = await self._question(context)
+        if first is None:
+            raise ProtocolError(Code.BAD_MESSAGE, "a probe starts with a request")
+        session = self.sessions.find(first.session)
+        if self._probing >= self._limits.probes_max:
+            raise ProtocolError(Code.BUSY, "others are measuring their line at this moment")
+        session.probes.demand()
+        self._probes.demand()
+        self._probing += 1
+        try:
+            async with asyncio.timeout(self._limits.probe_s_max):
+                await session.run(self._answer(first, context))
+        except TimeoutError:
+            raise ProtocolError(Code.BUSY, f"a probe takes at most {self._limits.probe_s_max:g} s") from None
+        finally:
+            self._probing -= 1
+
+    async def _answer(self, first: pb.ProbeRequest, context: Context) -> None:
+        up_bytes = down_bytes = 0
+        question: pb.ProbeRequest | None = first
+        while question is not None:
+            if max(len(question.padding), question.down_bytes) > FRAME_BYTES:
+                raise ProtocolError(Code.BAD_MESSAGE, f"a probe's messages have at most {FRAME_BYTES} bytes")
+            up_bytes += len(question.padding)
+            down_bytes += question.down_bytes
+            if max(up_bytes, down_bytes) > self._limits.probe_bytes_max:
+                limit = self._limits.probe_bytes_max
+                raise ProtocolError(Code.TOO_LARGE, f"a probe moves at most {limit} bytes each way")
+            padding = os.urandom(question.down_bytes)  # so that nothing on the way can compress it
+            await self._write(context, pb.ProbeReply(now_ms=time.time_ns() // 1_000_000, padding=padding))
+            question = await self._question(context)
+
+    async def _question(self, context: Context) -> pb.ProbeRequest | None:
+        try:
+            async with asyncio.timeout(self._limits.frame_gap_s):
+                message = await context.read()
+        except TimeoutError:
+            raise ProtocolError(Code.BAD_MESSAGE, f"no request for {self._limits.frame_gap_s:g} s") from None
+        return message if isinstance(message, pb.ProbeRequest) else None
 
     # The end
 
@@ -400,6 +467,8 @@ class _Service:
                 "Watch": grpc.unary_stream_rpc_method_handler(self.watch, pb.WatchRequest.FromString, serialize),
                 "Submit": grpc.stream_stream_rpc_method_handler(self.submit, pb.SubmitRequest.FromString, serialize),
                 "Fetch": grpc.unary_stream_rpc_method_handler(self.fetch, pb.FetchRequest.FromString, serialize),
+                "Amend": grpc.unary_unary_rpc_method_handler(self.amend, pb.AmendRequest.FromString, serialize),
+                "Probe": grpc.stream_stream_rpc_method_handler(self.probe, pb.ProbeRequest.FromString, serialize),
             },
         )
 
@@ -474,16 +543,19 @@ async def serve(
     tls: TlsIdentity | None,
     spool: Path,
     limits: ServiceLimits = _DEFAULT_LIMITS,
+    traffic: Traffic | None = None,
 ) -> Server:
     """Listen and serve until the returned Server is closed. Port 0 takes a free one.
 
-    `spool` is a folder for packets that are still arriving. Raises ValueError for plaintext on an address that other
-    machines can reach, and OSError when the address cannot be had.
+    `spool` is a folder for packets that are still arriving; `traffic` counts and caps what others fetch. Raises
+    ValueError for plaintext on an address that other machines can reach, and OSError when the address cannot be had.
     """
     if tls is None and not is_loopback(host):
         raise ValueError(f"plaintext is for this machine only, and {host} is open to others: use TLS")
     await asyncio.to_thread(_empty, spool)
-    service = _Service(handler, key, run_id, tls.fingerprint if tls else NO_CERTIFICATE, spool, limits)
+    service = _Service(
+        handler, key, run_id, tls.fingerprint if tls else NO_CERTIFICATE, spool, limits, traffic or Traffic()
+    )
     server = grpc.aio.server(
         options=_options(limits),
         # Beyond this calls are refused at once, so that a flood of them holds no memory.

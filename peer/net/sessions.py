@@ -3,7 +3,7 @@
 import asyncio
 import ipaddress
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +35,16 @@ class ServiceLimits:
     submit_turn_s: float = 60.0
     submit_memory_bytes_max: int = 1 << 20
     """Larger packets are received into a file."""
+    amends_per_minute_max: int = 60
+    """Each makes us check a signature, so nobody may ask for many."""
+    probes_max: int = 4
+    """Probes at once, since each takes as much of our line as it gets."""
+    probes_per_minute_max: int = 20
+    """Of all peers together. With the next limit it bounds what strangers can make us send for nothing."""
+    probes_per_session_minute_max: int = 4
+    probe_bytes_max: int = 8 << 20
+    """Of one probe in each direction."""
+    probe_s_max: float = 30.0
     frame_gap_s: float = 30.0
     """The longest wait for the next frame of a submit, and for a slow reader to take one of a fetch."""
     bytes_per_s_min: int = 8 << 10
@@ -48,15 +58,34 @@ class SessionEndedError(Exception):
     """The session ended while a call of it was running."""
 
 
+class PerMinute:
+    """Counts what happens, and refuses what comes too often."""
+
+    def __init__(self, most: int, what: str) -> None:
+        self._most, self._what = most, what
+        self._recent_s: deque[float] = deque()
+
+    def demand(self) -> None:
+        """Count one more. Raises ProtocolError BUSY when the last minute had as many as it may."""
+        now_s, recent = asyncio.get_running_loop().time(), self._recent_s
+        while recent and now_s - recent[0] > 60:
+            recent.popleft()
+        if len(recent) >= self._most:
+            raise ProtocolError(Code.BUSY, f"at most {self._most} {self._what}")
+        recent.append(now_s)
+
+
 class Session:
     """One joined peer on one connection. Its running calls end with it."""
 
-    def __init__(self, peer: bytes, source: str, now: float) -> None:
+    def __init__(self, peer: bytes, source: str, now: float, limits: ServiceLimits) -> None:
         self.token = os.urandom(SESSION_BYTES)
         self.peer = peer
         self.source = source
         self.calls = 0
         self.fetches = 0
+        self.amends = PerMinute(limits.amends_per_minute_max, "amendments a minute are looked at")
+        self.probes = PerMinute(limits.probes_per_session_minute_max, "probes of a peer a minute are served")
         self.last_used_s = now
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._watch: asyncio.Future[None] | None = None
@@ -131,7 +160,7 @@ class Sessions:
         here = sum(session.source == source for session in self._by_token.values())
         if here >= self._limits.sessions_per_source_max:
             raise ProtocolError(Code.BUSY, "too many peers of this network are joined already")
-        session = Session(peer, source, now)
+        session = Session(peer, source, now, self._limits)
         self._by_token[session.token] = session
         self._by_peer[peer] = session
         return session

@@ -373,7 +373,7 @@ class Aggregator:
         self._step()
         self.swarm.closed(self, record)
         if not self.finished:
-            self.round = self.round.next(record.state_root, self.clock.now_s)
+            self.round = self.round.next(self.run, record.state_root, self.clock.now_s)
             self._opened_ms = self._now_ms()
             self._broadcast(self._tell_opened)
             self.handle(Tick())

@@ -15,9 +15,16 @@ _FAULTS = {"none": Faults(), "mixed": MIXED, "takeovers": replace(MIXED, takeove
 
 def settings_of(options: argparse.Namespace, seed: int) -> Settings:
     """What the options of the command say, for one seed. Raises ValueError with the remedy."""
+    # Written so that "nan" is refused too.
     for name in ("peers", "rounds", "k", "inner_seconds", "up", "down"):
-        if getattr(options, name) <= 0:
+        if not 0 < getattr(options, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+    for name in ("quorum", "hostile", "deadline", "latency_ms", "half_life", "away", "values"):
+        if not 0 <= getattr(options, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0")
+    for name in ("loss", "stragglers"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"--{name} must be from 0 to 1")
     if options.weather:
         return drawn(seed, rounds=options.rounds)
     deadline_s = options.deadline or 5 * options.inner_seconds + 30

@@ -1,10 +1,11 @@
 """What a replica makes of the records that it is shown (SPEC 12)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from protocol.cases.records import APPLIED, GENESIS, NULL, STATE_1, STATE_2, TEXT, Entry, Record, ordered
+from protocol.cases.amendments import Amendment, amend
+from protocol.cases.records import APPLIED, GENESIS, NULL, ROLLBACK, STATE_1, STATE_2, TEXT, Entry, Record, ordered
 from protocol.cases.vector import BASE, STRANGER, Fields, Row, Vector, noise, table
 
 STATE_3 = bytes([0x53]) * 32
@@ -20,12 +21,25 @@ BRANCH_1 = replace(WITHOUT, epoch=1)
 BRANCH_2 = replace(BRANCH_1, round=2, previous=BRANCH_1.digest, state_root=STATE_3)
 
 
-def told(*events: Record | dict[str, Any], held: Record = GENESIS, packets: dict[int, bytes] | None = None) -> Fields:
+# Amendments that the first two records bring in.
+SLOWER = amend(None, 2, "settings", changes={"inner.steps": 2, "outer.rounds": 3})
+LONGER = amend(SLOWER, 3, "settings", changes={"inner.steps": 9})
+AMENDED_1 = replace(ONE, amendment=SLOWER.digest)
+AMENDED_2 = replace(TWO, previous=AMENDED_1.digest, amendment=LONGER.digest)
+
+
+def told(
+    *events: Record | dict[str, Any],
+    held: Record = GENESIS,
+    packets: dict[int, bytes] | None = None,
+    amendments: Sequence[Amendment] = (),
+) -> Fields:
     """The fields of a request."""
     return {
         "run": TEXT,
         "held": held.data,
         "packets": [[round, digest] for round, digest in (packets or {}).items()],
+        "amendments": [amendment.data for amendment in amendments],
         "events": [{"record": event.data} if isinstance(event, Record) else event for event in events],
     }
 
@@ -173,6 +187,143 @@ def opened_rows() -> Iterator[Row]:
     yield "abandoned-state", "After a branch it does not train from the state that it left.", old, None
 
 
+def amended_rows() -> Iterator[Row]:
+    """Amendments that records bring in."""
+    slower, longer, one, two = SLOWER, LONGER, AMENDED_1, AMENDED_2
+    both = (slower, longer)
+
+    yield (
+        "steps",
+        "The settings of each round.",
+        told(opened(1, BASE, 99), one, opened(2, STATE_1, 99), two, opened(3, STATE_1, 99), amendments=both),
+        None,
+    )
+    third = replace(THREE, previous=two.digest, amendment=longer.digest)
+    yield (
+        "fewer-rounds",
+        "The run is over sooner.",
+        told(one, two, third, opened(4, STATE_3, 99), amendments=both),
+        None,
+    )
+    yield "held", "It begins at an amended record.", told(opened(3, STATE_1, 99), held=two, amendments=both), None
+    late = replace(APPLIED, round=9, amendment=longer.digest, previous=noise("unknown", 32))
+    yield (
+        "held-late",
+        "It begins when the amendments are long in force.",
+        told(opened(10, STATE_1, 99), held=late, amendments=both),
+        None,
+    )
+    why = "Without the amendment that it names a record is not followed; it may be there later."
+    yield "missing", why, told(one, opened(2, STATE_1, 99)), None
+    yield (
+        "missing-first",
+        "Each of them has to be there.",
+        told(one, two, opened(3, STATE_1, 99), amendments=(longer,)),
+        None,
+    )
+    why = "Nothing is settled by a record that breaks a rule of its amendments."
+    early = amend(None, 1, "settings", changes={"inner.steps": 2})
+    yield "too-late", why, told(replace(ONE, amendment=early.digest), packets={1: MINE}, amendments=(early,)), None
+    forged = replace(slower, key=STRANGER)
+    yield (
+        "forged",
+        "Nobody but the operator amends.",
+        told(replace(ONE, amendment=forged.digest), amendments=(forged,)),
+        None,
+    )
+    damaged = Amendment(text=b"{}")
+    yield (
+        "damaged",
+        "What the record names is no amendment.",
+        told(replace(ONE, amendment=damaged.digest), amendments=(damaged,)),
+        None,
+    )
+    yield (
+        "forgotten",
+        "A record forgets no amendment.",
+        told(one, replace(TWO, previous=one.digest), amendments=both),
+        None,
+    )
+
+
+def branch_amended_rows() -> Iterator[Row]:
+    """Chains that do not go on, and those of other branches."""
+    slower, one = SLOWER, AMENDED_1
+    both = (slower, LONGER)
+    other = amend(None, 4, "settings", changes={"inner.steps": 7})
+    swapped = replace(TWO, previous=one.digest, amendment=other.digest)
+    yield "swapped", "Nor does it put another in its place.", told(one, swapped, amendments=(slower, other)), None
+    branch = replace(BRANCH_1, amendment=other.digest)
+    why = "Another branch may know other amendments."
+    yield "branch", why, told(one, branch, opened(2, STATE_2, 99), amendments=(slower, other)), None
+    plain = replace(BRANCH_1, amendment=bytes(32))
+    yield (
+        "branch-without",
+        "Another branch may know none.",
+        told(one, plain, opened(2, STATE_2, 99), amendments=both),
+        None,
+    )
+    yield "branch-missing", "A branch whose amendments are not there.", told(one, branch, amendments=both), None
+
+
+def action_rows() -> Iterator[Row]:
+    """Pauses, rollbacks and bans."""
+    slower, one, two = SLOWER, AMENDED_1, AMENDED_2
+    pause = amend(slower, 3, "pause")
+    resume = amend(pause, 3, "resume")
+    held_shut = replace(two, amendment=pause.digest)
+    opens = replace(THREE, previous=held_shut.digest, amendment=resume.digest)
+    pauses = (slower, pause, resume)
+    yield (
+        "pause-and-resume",
+        "The record that follows brings in the resume.",
+        told(one, held_shut, opens, amendments=pauses),
+        None,
+    )
+    yield (
+        "paused",
+        "Nothing follows while the run is paused.",
+        told(one, held_shut, replace(opens, amendment=pause.digest), amendments=pauses),
+        None,
+    )
+    yield from _rollback_rows()
+    ban = amend(slower, 3, "ban", peer=ONE.entries[0].peer.hex())
+    banned = replace(two, amendment=ban.digest)
+    accepts = replace(THREE, previous=banned.digest, amendment=ban.digest, entries=ONE.entries)
+    yield (
+        "banned",
+        "No record that accepts a banned peer is followed.",
+        told(one, banned, accepts, amendments=(slower, ban)),
+        None,
+    )
+    without = replace(
+        accepts, entries=tuple(entry for entry in ONE.entries if entry.peer.hex() != ban.document["peer"])
+    )
+    yield "banned-left-out", "Others may go on.", told(one, banned, without, amendments=(slower, ban)), None
+
+
+def _rollback_rows() -> Iterator[Row]:
+    slower = amend(None, 2, "settings", changes={"inner.steps": 2})
+    back = amend(slower, 3, "rollback", to_round=0)
+    one = replace(ONE, amendment=slower.digest)
+    two = replace(TWO, previous=one.digest, amendment=back.digest)
+    taken = replace(ROLLBACK, round=3, previous=two.digest, state_root=BASE, amendment=back.digest)
+    chain = (slower, back)
+    yield "rollback", "Its state is loaded.", told(one, two, taken, opened(4, BASE), amendments=chain), None
+    packets = {1: MINE, 3: noise("third", 32)}
+    yield "rollback-settles", "Its packets are undone.", told(one, two, taken, packets=packets, amendments=chain), None
+    on = replace(APPLIED, round=4, previous=taken.digest, amendment=back.digest)
+    yield "rollback-and-on", "The chain goes on from there.", told(one, two, taken, on, amendments=chain), None
+    unordered = replace(ROLLBACK, round=2, previous=one.digest, amendment=slower.digest)
+    yield "rollback-unordered", "Nobody ordered it.", told(one, unordered, amendments=chain), None
+    instead = replace(THREE, previous=two.digest, amendment=back.digest)
+    yield "rollback-missing", "The round was to be a rollback.", told(one, two, instead, amendments=chain), None
+    yield "rollback-gap", "Beyond a gap it waits like any record.", told(one, taken, amendments=chain), None
+    branch = replace(taken, epoch=1, previous=noise("unknown", 32))
+    why = "A branch may begin with one, of another past."
+    yield "rollback-branch", why, told(one, two, branch, opened(4, BASE), amendments=chain), None
+
+
 def vectors() -> Iterator[Vector]:
     """All vectors of the file."""
     yield from table("settle", "follow", settle_rows())
@@ -181,3 +332,6 @@ def vectors() -> Iterator[Vector]:
     yield from table("branch", "follow", branch_rows())
     yield from table("refused", "follow", refused_rows())
     yield from table("opened", "follow", opened_rows())
+    yield from table("amended", "follow", amended_rows())
+    yield from table("amended-branch", "follow", branch_amended_rows())
+    yield from table("amended-action", "follow", action_rows())

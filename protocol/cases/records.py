@@ -60,8 +60,11 @@ class Record:
     previous: bytes = ZERO
     state_root: bytes = STATE_1
     update_digest: bytes = noise("update", 32)
+    amendment: bytes = ZERO
     opened_ms: int = 1_700_000_000_000
     closed_ms: int = 1_700_000_060_000
+    evaluated_round: int = 0
+    loss_micronats: int = 0
     entries: Sequence[Entry] = (Entry(),)
     key: PrivateKey = field(default=AGGREGATOR, repr=False)
     version: int = 1
@@ -72,8 +75,9 @@ class Record:
         """The signed bytes."""
         head = b"SLRR" + struct.pack("<HBB", self.version, self.kind, self.reason) + self.run_id
         head += struct.pack("<II", self.round, self.epoch) + self.previous + self.state_root + self.update_digest
+        head += self.amendment
         count = len(self.entries) if self.count is None else self.count
-        head += struct.pack("<QQI", self.opened_ms, self.closed_ms, count)
+        head += struct.pack("<QQIII", self.opened_ms, self.closed_ms, self.evaluated_round, self.loss_micronats, count)
         body = head + b"".join(entry.to_bytes() for entry in self.entries) + self.key.public
         return body + self.key.sign("record", body)
 
@@ -86,6 +90,7 @@ class Record:
 GENESIS = Record(0, 0, round=0, state_root=BASE, update_digest=ZERO, entries=(), closed_ms=1_700_000_000_000)
 APPLIED = Record(previous=GENESIS.digest)
 NULL = Record(2, 3, previous=GENESIS.digest, state_root=BASE, update_digest=ZERO, entries=())
+ROLLBACK = replace(NULL, kind=3, reason=4, state_root=STATE_2)
 LATE = Entry(STRANGER.public, noise("late", 32), 1, 319, 64, 4, 0, 0)
 REFUSED = Entry(SECOND.public, noise("refused", 32), 2, 302, 0, 0, 0, 0)
 
@@ -121,7 +126,19 @@ def good_rows() -> Iterator[Row]:
     yield "null-with-entries", "A null round lists packets, none of them accepted.", asked(listed), None
     for reason, name in ((2, "grace"), (3, "deadline")):
         yield f"reason-{name}", f"Closed by {name}.", asked(replace(APPLIED, reason=reason)), None
+    yield "rollback", "The operator took the run back.", asked(ROLLBACK), None
+    listed = replace(ROLLBACK, entries=ordered(REFUSED, LATE))
+    yield "rollback-with-entries", "A rollback lists packets, none of them accepted.", asked(listed), None
+    yield (
+        "amendment",
+        "It knows an amendment, which is not asked for here.",
+        asked(replace(NULL, amendment=STATE_1)),
+        None,
+    )
+    first = replace(APPLIED, evaluated_round=0, loss_micronats=1)
+    yield "loss-of-genesis", "The loss of the initial state.", asked(first), None
     late = replace(APPLIED, round=2**32 - 1, epoch=2**32 - 1, opened_ms=2**53 - 1, closed_ms=2**53 - 1)
+    late = replace(late, evaluated_round=2**32 - 2, loss_micronats=2**32 - 1)
     yield "largest", "Round and epoch are 32 bits wide.", asked(late), None
 
 
@@ -132,9 +149,9 @@ def envelope_rows() -> Iterator[Row]:
     yield "empty", "No bytes have no magic.", asked(b""), Code.BAD_MAGIC
     yield "version", "Version 2 is not this one.", asked(replace(APPLIED, version=2)), Code.VERSION
     yield "head-cut", "The head is not whole.", asked(data[:100]), Code.TRUNCATED
-    short = replace(APPLIED, version=2).data[:163]
+    short = replace(APPLIED, version=2).data[:203]
     yield "length-before-version", "Without a whole head nobody speaks of versions.", asked(short), Code.TRUNCATED
-    yield "entry-cut", "The entry is not whole.", asked(data[:200]), Code.TRUNCATED
+    yield "entry-cut", "The entry is not whole.", asked(data[:240]), Code.TRUNCATED
     yield "signature-cut", "The last byte is missing.", asked(data[:-1]), Code.TRUNCATED
     yield "trailing", "A byte follows.", asked(data + b"\0"), Code.TRAILING
     yield "count-one-more", "It claims an entry more than it has.", asked(replace(APPLIED, count=2)), Code.TRUNCATED
@@ -154,7 +171,7 @@ def envelope_rows() -> Iterator[Row]:
     yield "signed-bytes", "The signature covers the whole record.", asked(other), Code.BAD_SIGNATURE
     stolen = data[:-96] + SECOND.public + data[-64:]
     yield "stolen-signature", "Another aggregator's key above the signature.", asked(stolen), Code.BAD_SIGNATURE
-    meaningless = replace(APPLIED, run_id=ZERO, kind=3)
+    meaningless = replace(APPLIED, run_id=ZERO, kind=4)
     yield "meaning-first", "The fields are checked before the run.", asked(meaningless), Code.BAD_RECORD
     stranger = replace(APPLIED, run_id=ZERO, key=STRANGER)
     yield "run-before-key", "The run is checked before the signer.", asked(stranger), Code.OTHER_RUN
@@ -168,8 +185,8 @@ def meaning_rows() -> Iterator[Row]:
     """Fields that do not fit each other. All are signed as they stand."""
     accepted = Entry()
     wrong: dict[str, tuple[str, Record]] = {
-        "kind": ("No kind 3.", replace(APPLIED, kind=3)),
-        "reason": ("No reason 4.", replace(APPLIED, reason=4)),
+        "kind": ("No kind 4.", replace(APPLIED, kind=4)),
+        "reason": ("No reason 5.", replace(APPLIED, reason=5)),
         "verdict": ("No verdict 3.", replace(APPLIED, entries=ordered(accepted, replace(LATE, verdict=3)))),
         "closed-before-opened": ("Time runs forwards.", replace(APPLIED, opened_ms=2, closed_ms=1)),
         "order": ("Entries ascend by peer.", replace(APPLIED, entries=ordered(accepted, LATE)[::-1])),
@@ -214,6 +231,20 @@ def meaning_rows() -> Iterator[Row]:
         "null-complete": ("A null round closes at the deadline.", replace(NULL, reason=1)),
         "null-grace": ("A null round closes at the deadline.", replace(NULL, reason=2)),
         "null-no-reason": ("A null round closes at the deadline.", replace(NULL, reason=0)),
+        "null-operator": ("The operator closes rollbacks alone.", replace(NULL, reason=4)),
+        "applied-operator": ("The operator closes rollbacks alone.", replace(APPLIED, reason=4)),
+        "rollback-deadline": ("The operator closes rollbacks.", replace(ROLLBACK, reason=3)),
+        "rollback-no-reason": ("The operator closes rollbacks.", replace(ROLLBACK, reason=0)),
+        "rollback-accepted": ("A rollback accepts nothing.", replace(ROLLBACK, entries=(accepted,))),
+        "rollback-update": ("A rollback has no update.", replace(ROLLBACK, update_digest=STATE_1)),
+        "round-0-rollback": ("Round 0 is the genesis.", replace(ROLLBACK, round=0)),
+        "genesis-operator": ("The genesis has no reason.", replace(GENESIS, reason=4)),
+        "genesis-amendment": ("The genesis knows no amendment.", replace(GENESIS, amendment=STATE_1)),
+        "genesis-loss": ("Nothing was measured before the genesis.", replace(GENESIS, loss_micronats=1)),
+        "genesis-evaluated": ("Nothing was measured before it.", replace(GENESIS, evaluated_round=1)),
+        "loss-of-itself": ("The loss is of an earlier state.", replace(APPLIED, evaluated_round=1, loss_micronats=1)),
+        "loss-of-later": ("The loss is of an earlier state.", replace(NULL, evaluated_round=2, loss_micronats=9)),
+        "loss-missing": ("A round without a loss.", replace(APPLIED, round=7, evaluated_round=3)),
     }
     for name, (why, record) in wrong.items():
         yield name, why, asked(record), Code.BAD_RECORD
@@ -234,6 +265,8 @@ def link_rows() -> Iterator[Row]:
     yield "null", "A null round keeps the state.", after(APPLIED, null), None
     yield "epoch-higher", "An epoch may be skipped.", after(APPLIED, replace(second, epoch=7)), None
     yield "other-aggregator", "Another aggregator may go on.", after(APPLIED, replace(second, key=SECOND)), None
+    back = replace(ROLLBACK, round=2, previous=APPLIED.digest)
+    yield "rollback", "A rollback goes to any state as far as its neighbours show.", after(APPLIED, back), None
     unchanged = replace(second, state_root=STATE_1)
     yield "applied-same-state", "An update may change nothing.", after(APPLIED, unchanged), None
     yield (

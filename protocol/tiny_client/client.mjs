@@ -21,10 +21,10 @@ import { fileURLToPath } from 'node:url'
 
 // A refusal names its rule; the numbers are what records and gRPC trailers carry.
 const CODES = {
-  BAD_KEY: 101, BAD_SIGNATURE: 102, BAD_RUN: 201, OTHER_RUN: 202, BAD_INVITE: 203, VERSION: 204, BAD_MAGIC: 301,
-  TRUNCATED: 302, TRAILING: 303, RESERVED: 304, WRONG_ROUND: 305, WRONG_BASE: 306, TOO_LARGE: 307, BAD_FRAME: 308,
+  BAD_KEY: 101, BAD_SIGNATURE: 102, BAD_RUN: 201, OTHER_RUN: 202, BAD_INVITE: 203, VERSION: 204, BAD_AMENDMENT: 205,
+  BAD_MAGIC: 301, TRUNCATED: 302, TRAILING: 303, RESERVED: 304, WRONG_ROUND: 305, WRONG_BASE: 306, TOO_LARGE: 307, BAD_FRAME: 308,
   BAD_ZSTD: 309, BAD_RATIO: 311, BAD_BLOCKS: 312, BAD_INDEX: 313, BAD_CODE: 314, BAD_PADDING: 315, BAD_MERKLE: 316,
-  BAD_TOKENS: 317, DUPLICATE: 318, LATE: 319, NOT_A_MEMBER: 320, NO_QUORUM: 321, BAD_COUNT: 401, BAD_EXPONENT: 402,
+  BAD_TOKENS: 317, DUPLICATE: 318, LATE: 319, NOT_A_MEMBER: 320, NO_QUORUM: 321, BANNED: 322, BAD_COUNT: 401, BAD_EXPONENT: 402,
   BAD_VALUE: 403, BAD_RECORD: 501, BROKEN_CHAIN: 502, NOT_AN_AGGREGATOR: 503, BAD_STATE: 504, BAD_DHT_KEY: 601,
   BAD_DHT_RECORD: 602, BAD_EXPIRY: 603, BAD_MESSAGE: 701, BAD_SESSION: 702, NOT_FOUND: 703, BUSY: 704, WRONG_DIGEST: 705,
 }
@@ -184,8 +184,8 @@ function realText(value) {
 }
 
 /** Read one value by its rule: [value, canonical text]. */
-function readValue(name, value, rule) {
-  const must = holds => demand(holds, 'BAD_RUN', `${name} is outside what the table allows`)
+function readValue(name, value, rule, code = 'BAD_RUN') {
+  const must = holds => demand(holds, code, `${name} is outside what the table allows`)
   if (rule.kind === 'one') {
     must(rule.values.includes(value))
     return [value, JSON.stringify(value)]
@@ -247,6 +247,11 @@ function readRun(json) {
   checkRelations(run)
   demand(`{${keys.map(key => `"${key}":${texts[key]}`).join()}}` === source, 'BAD_RUN', 'the json is not canonical')
   run.id = digest('run', json)
+  return derive(run)
+}
+
+/** What follows from the settings. */
+function derive(run) {
   run.alphaQ16 = roundHalfEven(run.outer.alpha * 65536)
   run.nominal = run.inner.steps * run.inner.batch_size * run.data.sequence_length
   return run
@@ -1068,8 +1073,8 @@ function checkUpdate(run, header, sections, updateDigest) {
 
 // ------------------------------------------------------------------------------- 8. Round record and ledger
 
-const [GENESIS, APPLIED, NULL] = [0, 1, 2]
-const [COMPLETE, DEADLINE] = [1, 3]
+const [GENESIS, APPLIED, NULL, ROLLBACK] = [0, 1, 2, 3]
+const [COMPLETE, DEADLINE, OPERATOR] = [1, 3, 4]
 const ENTRY = 85
 
 function readEntry(reader) {
@@ -1081,10 +1086,11 @@ function readEntry(reader) {
 
 /** The fields of a record's bytes, nothing checked but their size. */
 function parseRecord(bytes) {
-  const reader = startOf(bytes, 'SLRR', 164)
+  const reader = startOf(bytes, 'SLRR', 204)
   const record = {
     kind: reader.u8(), reason: reader.u8(), runId: reader.take(32), round: reader.u32(), epoch: reader.u32(),
-    previous: reader.take(32), stateRoot: reader.take(32), update: reader.take(32), opened: reader.u64(), closed: reader.u64(),
+    previous: reader.take(32), stateRoot: reader.take(32), update: reader.take(32), amendment: reader.take(32), opened: reader.u64(),
+    closed: reader.u64(), evaluated: reader.u32(), loss: reader.u32(),
   }
   const count = reader.u32()
   demand(count <= 4096 && bytes.length <= 1 << 20, 'TOO_LARGE', 'entries')
@@ -1112,7 +1118,7 @@ function checkFields(record) {
   const { kind, reason, entries, accepted } = record
   const must = (holds, why) => demand(holds, 'BAD_RECORD', why)
   const isZero = bytes => bytes.every(byte => byte === 0)
-  must(kind <= NULL && reason <= DEADLINE && entries.every(({ verdict }) => verdict <= 2), 'an unknown kind')
+  must(kind <= ROLLBACK && reason <= OPERATOR && entries.every(({ verdict }) => verdict <= 2), 'an unknown kind')
   must(record.closed >= record.opened, 'it closed before it opened')
   const names = entries.map(({ peer, packet }) => join([peer, packet]))
   must(names.every((name, i) => i === 0 || Buffer.compare(names[i - 1], name) < 0), 'the order of the entries')
@@ -1123,9 +1129,11 @@ function checkFields(record) {
     must(verdict === 0 ? counts : code > 0 && weight === 0 && clip === 0, 'an entry')
   }
   must((record.round === 0) === (kind === GENESIS) && (reason === 0) === (kind === GENESIS), 'the genesis record')
-  must(kind !== GENESIS || (isZero(record.previous) && entries.length === 0), 'the genesis record')
+  must(kind !== GENESIS || (isZero(record.previous) && isZero(record.amendment) && entries.length === 0), 'the genesis record')
   must((accepted.length > 0) === (kind === APPLIED) && isZero(record.update) === (kind !== APPLIED), 'what was applied')
   must(kind !== NULL || reason === DEADLINE, 'a null record has the reason deadline')
+  must((kind === ROLLBACK) === (reason === OPERATOR), 'a rollback, and no other record, has the reason operator')
+  must(record.loss ? record.evaluated < record.round : record.evaluated === 0, 'the loss of a later state')
 }
 
 /** May `record` follow `previous`? */
@@ -1133,6 +1141,135 @@ function checkLink(previous, record) {
   demand(record.round === previous.round + 1 && same(record.previous, previous.digest), 'BROKEN_CHAIN')
   demand(record.epoch >= previous.epoch, 'BROKEN_CHAIN', 'the epoch is lower')
   demand(record.kind !== NULL || same(record.stateRoot, previous.stateRoot), 'BAD_STATE')
+}
+
+const AMENDABLE = ['compression', 'inner', 'outer', 'rounds']
+const ACTIONS = { settings: ['changes'], pause: [], resume: [], rollback: ['to_round'], ban: ['peer'], unban: ['peer'] }
+const ORDINAL = whole(1, 2 ** 32 - 1)
+const NEVER = 2 ** 32 // above all rounds
+
+/** The changes of an amendment: [[[table, name, value], ...], canonical text]. */
+function readChanges(changes) {
+  const isTable = changes !== null && typeof changes === 'object' && !Array.isArray(changes) && !(changes instanceof Digits)
+  demand(isTable && Object.keys(changes).length > 0, 'BAD_AMENDMENT', 'changes')
+  const list = [], texts = []
+  for (const key of Object.keys(changes).sort()) {
+    const [table, name] = key.split(/\.(.*)/s), known = AMENDABLE.includes(table) && Object.hasOwn(TABLES[table], name ?? '')
+    demand(known, 'BAD_AMENDMENT', `${key} cannot change`)
+    const [value, valueText] = readValue(key, changes[key], TABLES[table][name], 'BAD_AMENDMENT')
+    list.push([table, name, value])
+    texts.push(`${JSON.stringify(key)}:${valueText}`)
+  }
+  return [list, `{${texts.join()}}`]
+}
+
+/** The amendment of these bytes, checked by itself and against the run. */
+function readAmendment(bytes, run) {
+  const reader = startOf(bytes, 'SLAM', 10)
+  const size = reader.u32()
+  demand(size + 74 <= 64 << 10, 'TOO_LARGE', 'an amendment')
+  const json = reader.take(size)
+  const signature = reader.take(64)
+  reader.end()
+  const source = json.toString('latin1'), must = (holds, why) => demand(holds, 'BAD_AMENDMENT', why)
+  let document
+  try { document = parseJson(source) } catch (error) { throw new Refused('BAD_AMENDMENT', error.message) }
+  must(document !== null && typeof document === 'object' && typeof document.action === 'string', 'the action')
+  must(Object.hasOwn(ACTIONS, document.action), 'the action')
+  const own = ACTIONS[document.action], keys = ['action', 'number', 'previous', 'round', 'run_id', ...own].sort()
+  must(Object.keys(document).sort().join() === keys.join(), 'the keys of the amendment')
+  const amendment = {}, texts = {}
+  const read = (name, rule) => { [amendment[name], texts[name]] = readValue(name, document[name], rule, 'BAD_AMENDMENT') }
+  read('action', oneOf(document.action))
+  for (const name of ['number', 'round']) read(name, ORDINAL)
+  for (const name of ['previous', 'run_id', ...own.filter(key => key === 'peer')]) read(name, HASH)
+  if (own.includes('to_round')) read('to_round', whole(0, amendment.round - 1))
+  if (own.includes('changes')) [amendment.changes, texts.changes] = readChanges(document.changes)
+  must(`{${keys.map(key => `"${key}":${texts[key]}`).join()}}` === source, 'the json is not canonical')
+  demand(amendment.run_id === hex(run.id), 'OTHER_RUN')
+  checkSignature(unhex(run.operator), 'amendment', json, signature)
+  return { ...amendment, digest: digest('amendment', bytes) }
+}
+
+/** What holds in a round, in the order in which the later overrides. */
+const inForce = (amendments, round) =>
+  amendments.filter(item => item.round <= round).sort((a, b) => a.round - b.round || a.number - b.number)
+
+/** The run with the settings of a round. */
+function amendedRun(run, amendments, round) {
+  const changed = { ...run }
+  for (const { changes = [] } of inForce(amendments, round)) {
+    for (const [table, name, value] of changes) changed[table] = { ...changed[table], [name]: value }
+  }
+  return derive(changed)
+}
+
+function bannedAt(amendments, round) {
+  const last = new Map(inForce(amendments, round).filter(({ peer }) => peer).map(({ peer, action }) => [peer, action]))
+  return [...last.keys()].filter(peer => last.get(peer) === 'ban').sort()
+}
+
+const rollbackAt = (amendments, round) =>
+  amendments.findLast(item => item.action === 'rollback' && item.round === round)?.to_round ?? null
+
+/** The round that a pause holds shut, and all after it. */
+function pausedFrom(amendments) {
+  const last = amendments.findLast(({ action }) => action === 'pause' || action === 'resume')
+  return last?.action === 'pause' ? last.round : NEVER
+}
+const newestOf = amendments => amendments.at(-1)?.digest ?? zeros(32)
+
+/** A chain with one more amendment. */
+function append(run, amendments, amendment) {
+  const must = (holds, why) => demand(holds, 'BAD_AMENDMENT', why)
+  const before = amendments.length ? newestOf(amendments) : run.id, paused = pausedFrom(amendments)
+  must(amendment.number === amendments.length + 1 && amendment.previous === hex(before), 'it does not follow')
+  must(amendment.action !== 'pause' || paused === NEVER, 'a pause stands already')
+  must(amendment.action !== 'resume' || paused === amendment.round, 'it ends no pause')
+  const chain = [...amendments, amendment]
+  for (const { round } of chain) {
+    const { grace_s_min: least, grace_s_max: most, deadline_s: deadline } = amendedRun(run, chain, round).rounds
+    must(least <= most && most <= deadline, 'the times of a round are out of order')
+  }
+  return chain
+}
+
+/** Amendments after those of a chain up to the one with this digest, oldest first. Yields the digest of each, takes its bytes. */
+function * trace(run, known, head) {
+  const found = []
+  while (!same(head, newestOf(known))) {
+    demand(!same(head, zeros(32)), 'BAD_AMENDMENT', 'the amendments do not go on from the known ones')
+    const bytes = yield head
+    demand(same(digest('amendment', bytes), head), 'WRONG_DIGEST', 'an amendment')
+    found.unshift(readAmendment(bytes, run))
+    head = found[0].number > 1 ? unhex(found[0].previous) : zeros(32)
+  }
+  return found
+}
+
+/** The chain of a record, from that of the record before it. */
+function bringIn(run, known, record, brought) {
+  demand(brought.length <= 64, 'BAD_AMENDMENT', 'more than 64 at once')
+  let chain = known
+  for (const amendment of brought) {
+    const shut = amendment.action === 'rollback' && record.round >= pausedFrom(chain)
+    const soon = amendment.action === 'resume' || shut
+    demand(amendment.round >= record.round + (soon ? 0 : 1), 'BAD_AMENDMENT', 'it comes too late')
+    chain = append(run, chain, amendment)
+  }
+  demand(same(record.amendment, newestOf(chain)), 'BAD_AMENDMENT', 'the record names another amendment')
+  return keeping(chain, record)
+}
+
+/** The chain of a record whose state is loaded. */
+const wholeChain = (run, record, all) => keeping(all.reduce((chain, item) => append(run, chain, item), []), record)
+
+function keeping(chain, record) {
+  demand(record.round < pausedFrom(chain), 'BAD_AMENDMENT', 'the round was held shut')
+  demand((record.kind === ROLLBACK) === (rollbackAt(chain, record.round) !== null), 'BAD_AMENDMENT', 'a rollback out of turn')
+  const banned = bannedAt(chain, record.round)
+  demand(!record.accepted.some(({ peer }) => banned.includes(hex(peer))), 'BANNED', 'an accepted packet')
+  return chain
 }
 
 // ------------------------------------------------------------------------------- 9. Joining
@@ -1205,7 +1342,7 @@ function readBundle(run, record, baseRoot, bytes) {
 // ------------------------------------------------------------------------------- 12. Round rules
 
 /** A replica's view: the head, all heads so far, and the round at which it began or last loaded a state. */
-const startChain = head => ({ head, since: head.round, followed: new Set([hex(head.digest)]) })
+const startChain = (head, amendments) => ({ head, amendments, since: head.round, followed: new Set([hex(head.digest)]) })
 
 function follows(previous, record) {
   try { checkLink(previous, record) } catch { return false }
@@ -1216,21 +1353,22 @@ function follows(previous, record) {
 function judge({ head, since, followed }, record) {
   if (followed.has(hex(record.digest))) return 'known'
   if (record.epoch < head.epoch) return 'lower'
-  if (follows(head, record)) return 'next'
+  if (follows(head, record)) return record.kind === ROLLBACK ? 'rollback' : 'next'
   if (record.round > head.round + 1) return 'gap'
   if (record.epoch > head.epoch) return 'branch'
   return record.round < since ? 'old' : 'second'
 }
 
 /** Make `record` the head, either by its update or by loading its state. */
-function moveTo(chain, record, loaded) {
-  chain.head = record
+function moveTo(chain, record, amendments, loaded) {
+  Object.assign(chain, { head: record, amendments })
   if (loaded) chain.since = record.round
   chain.followed.add(hex(record.digest))
 }
 
 /** The inner steps to do in an open round: none unless it continues from the state of the record that is held. */
-function stepsFor(run, chain, { round, baseRoot, innerSteps }) {
+function stepsFor(signedRun, chain, { round, baseRoot, innerSteps }) {
+  const run = amendedRun(signedRun, chain.amendments, chain.head.round + 1)
   const continues = round === chain.head.round + 1 && same(baseRoot, chain.head.stateRoot) && round <= run.outer.rounds
   return continues ? Math.min(Math.max(1, innerSteps), run.inner.steps) : 0
 }
@@ -1280,7 +1418,7 @@ const floats = bytes => new Float32Array(new Uint8Array(bytes).buffer) // copied
 function plain(value) {
   if (Buffer.isBuffer(value)) return hex(value)
   if (Array.isArray(value)) return value.map(plain)
-  if (typeof value !== 'object') return value
+  if (typeof value !== 'object' || value === null) return value
   return Object.fromEntries(Object.entries(value).map(([key, part]) => [key, plain(part)]))
 }
 
@@ -1289,6 +1427,13 @@ function contents({ indices, values }) {
   const bytes = Buffer.alloc(8 * indices.length)
   indices.forEach((index, i) => bytes.writeFloatLE(values[i], bytes.writeUInt32LE(index, 8 * i)))
   return { count: indices.length, sha256: sha256(bytes) }
+}
+
+/** The settings that amendments may change, as canonical JSON. */
+function settingsText(run) {
+  const valueText = (value, rule) => rule.kind === 'real' ? realText(value) : JSON.stringify(value)
+  const tableText = table => Object.keys(run[table]).sort().map(key => `"${key}":${valueText(run[table][key], TABLES[table][key])}`)
+  return `{${AMENDABLE.map(table => `"${table}":{${tableText(table).join()}}`).join()}}`
 }
 
 const CHECKS = {
@@ -1319,6 +1464,21 @@ const CHECKS = {
     return { digest, round, epoch, kind, accepted: accepted.map(({ packet }) => packet) }
   },
   link: q => checkLink(parseRecord(q.previous), parseRecord(q.bytes)),
+  rollback: q => demand(same(parseRecord(q.bytes).stateRoot, parseRecord(q.target).stateRoot), 'BAD_STATE'),
+  amendment: q => {
+    const { digest, number, round } = readAmendment(q.bytes, q.run)
+    return { digest, number, round }
+  },
+  amendments: q => {
+    const known = q.known.reduce((chain, item) => append(q.run, chain, readAmendment(item, q.run)), [])
+    const brought = q.amendments.map(item => readAmendment(item, q.run))
+    const chain = bringIn(q.run, known, readRecord(q.record, q.run), brought)
+    const facts = round => ({
+      settings: settingsText(amendedRun(q.run, chain, round)), banned: bannedAt(chain, round),
+      paused: round >= pausedFrom(chain), rollback: rollbackAt(chain, round),
+    })
+    return { head: newestOf(chain), rounds: q.rounds.map(facts) }
+  },
   dht: q => {
     const { certificate, round, head, addresses } = readDhtRecord(q.key, q.subkey, q.bytes, q.expiration, q.now)
     return { certificate, round, digest: head, addresses }
@@ -1378,7 +1538,18 @@ const MAKES = {
 
 /** What a replica makes of records, open rounds and receipts; its packets are made as soon as a round can be trained for. */
 function follow(q) {
-  const chain = startChain(readRecord(q.held, q.run))
+  const stored = new Map(q.amendments.map(bytes => [hex(digest('amendment', bytes)), bytes]))
+  const fetched = missing => {
+    let step = missing.next()
+    while (!step.done) {
+      const bytes = stored.get(hex(step.value))
+      demand(bytes, 'NOT_FOUND', 'an amendment')
+      step = missing.next(bytes)
+    }
+    return step.value
+  }
+  const held = readRecord(q.held, q.run)
+  const chain = startChain(held, wholeChain(q.run, held, fetched(trace(q.run, [], held.amendment))))
   const ready = new Map(q.packets.map(([round, packet]) => [round, unhex(packet)]))
   const settled = []
   let waiting = null
@@ -1390,9 +1561,11 @@ function follow(q) {
   const onRecord = bytes => {
     const record = readRecord(bytes, q.run)
     const decision = judge(chain, record)
-    if (decision !== 'next' && decision !== 'branch') return decision
+    if (!['next', 'rollback', 'branch'].includes(decision)) return decision
+    const known = decision === 'branch' ? [] : chain.amendments, found = fetched(trace(q.run, known, record.amendment))
+    const amendments = decision === 'branch' ? wholeChain(q.run, record, found) : bringIn(q.run, known, record, found)
     if (waiting) settled.push([waiting.round, isAccepted(record, waiting.round, waiting.packet)])
-    moveTo(chain, record, decision === 'branch')
+    moveTo(chain, record, amendments, decision === 'branch')
     makeNext()
     return decision
   }
@@ -1418,6 +1591,7 @@ function refusalOf(work) {
 const BYTES = [ // the fields of requests that are bytes, in hexadecimal
   'bytes', 'key', 'message', 'run_id', 'base_root', 'new_root', 'header', 'digest', 'record', 'previous', 'subkey', 'peer',
   'client_nonce', 'server_nonce', 'certificate', 'aggregator', 'residual', 'outer', 'local', 'acc', 'section', 'values', 'seed', 'held',
+  'target',
 ]
 
 function answer(request) {
@@ -1426,7 +1600,7 @@ function answer(request) {
   if (!work) return { unsupported: true }
   const q = { ...request }
   for (const name of BYTES) if (typeof q[name] === 'string' && !(kind === 'dht' && name === 'key')) q[name] = unhex(q[name])
-  for (const name of ['sections', 'leaves']) if (q[name]) q[name] = q[name].map(unhex)
+  for (const name of ['sections', 'leaves', 'known', 'amendments']) if (q[name]) q[name] = q[name].map(unhex)
   if (q.run) q.run = readRun(Buffer.from(q.run))
   try {
     return { ok: work(q) ?? {} }
@@ -1963,14 +2137,29 @@ async function fetchUpdate(link, run, previous, record, { updateBytes, bundleByt
 class Peer {
   constructor(run, replica, key, tokens, rounds) {
     Object.assign(this, { run, replica, key, tokens, rounds, moved: 0, accepted: 0, optimizer: new Optimizer(run), work: null })
-    if (replica.record) this.chain = startChain(replica.record)
   }
 
-  get finished() { return this.moved >= this.rounds || (this.chain && this.chain.head.round >= this.run.outer.rounds) }
+  get finished() { return this.moved >= this.rounds || (this.chain && this.chain.head.round >= this.next.outer.rounds) }
+
+  /** The run with the settings of the round after the head. */
+  get next() { return amendedRun(this.run, this.chain.amendments, this.chain.head.round + 1) }
+
+  /** What a trace asks for, from the aggregator. */
+  async fetched(missing) {
+    let step = missing.next()
+    while (!step.done) step = missing.next(await this.link.fetch('amendment', step.value, 64 << 10))
+    return step.value
+  }
+
+  async amendmentsOf(record) {
+    return wholeChain(this.run, record, await this.fetched(trace(this.run, [], record.amendment)))
+  }
 
   /** Take part over one link until it breaks or the work is done. */
   async takePart(link) {
     this.link = link
+    const { record } = this.replica
+    if (record && !this.chain) this.chain = startChain(record, await this.amendmentsOf(record))
     await this.onRecord(readRecord(link.head, this.run), {})
     for await (const { closed, opened } of link.watch()) {
       if (closed) await this.onRecord(readRecord(closed.record, this.run), closed)
@@ -1985,16 +2174,29 @@ class Peer {
     if (decision === 'gap' && !follows(this.chain.head, trail[0]) && record.epoch === this.chain.head.epoch) decision = 'second'
     if (decision === 'second') say(`round ${record.round}: the aggregator signed another record in this epoch; the first one holds`)
     if (['known', 'lower', 'old', 'second'].includes(decision)) return
+    const amendments = await this.amendmentsAfter(trail, decision)
     await this.stopWork()
     const { replica } = this, deciding = trail.find(({ round }) => round === replica.packet?.round) ?? record
-    const outer = decision === 'next' ? await this.updated(record, sizes) : await fetchState(this.link, this.run, record)
+    const outer = decision === 'next' ? await this.updated(record, amendments, sizes) : await fetchState(this.link, this.run, record)
     if (replica.settle(deciding)) this.accepted++
     Object.assign(replica, { record, outer }).save()
     if (this.chain) {
-      moveTo(this.chain, record, decision !== 'next')
+      moveTo(this.chain, record, amendments, decision !== 'next' && decision !== 'rollback')
       this.moved++
-    } else this.chain = startChain(record)
+    } else this.chain = startChain(record, amendments)
     say(`round ${record.round}: the state has the root ${hex(record.stateRoot).slice(0, 16)}`)
+  }
+
+  /** The amendments of the last of these records, each checked with those that it brings in. */
+  async amendmentsAfter(trail, decision) {
+    if (!this.chain || decision === 'branch' || !follows(this.chain.head, trail[0])) return this.amendmentsOf(trail.at(-1))
+    let { amendments } = this.chain
+    for (const record of trail) {
+      const found = await this.fetched(trace(this.run, amendments, record.amendment))
+      for (const { number, action, round } of found) say(`amendment ${number}: ${action} from round ${round} on`)
+      amendments = bringIn(this.run, amendments, record, found)
+    }
+    return amendments
   }
 
   /** The records after the head up to `record`, fetched backwards by their digests. */
@@ -2012,8 +2214,8 @@ class Peer {
   }
 
   /** The parameters after a record that follows the head. */
-  async updated(record, sizes) {
-    const { replica, run } = this, outer = replica.outer.slice()
+  async updated(record, amendments, sizes) {
+    const { replica } = this, outer = replica.outer.slice(), run = amendedRun(this.run, amendments, record.round)
     if (record.kind === NULL) return outer
     try {
       const sections = await fetchUpdate(this.link, run, this.chain.head, record, sizes)
@@ -2061,18 +2263,19 @@ class Peer {
   /** How long to train: as long as the last round was when all arrived in it, less when it closed without somebody. */
   budgetMs(open) {
     const { kind, reason, opened, closed } = this.chain.head
-    const usual = kind === APPLIED ? (reason === COMPLETE ? 1 : 0.6) * Number(closed - opened) : 500 * this.run.rounds.grace_s_max
+    const usual = kind === APPLIED ? (reason === COMPLETE ? 1 : 0.6) * Number(closed - opened) : 500 * this.next.rounds.grace_s_max
     return Math.min(usual, open.closesInMs / 2)
   }
 
   /** Sequences in an inner step: as many as the run asks for, fewer when four such steps would not fit. */
   batchSize(budgetMs) {
     if (!this.sequenceMs) return 1 // it shows how long one takes
-    return Math.max(1, Math.min(this.run.inner.batch_size, Math.floor(budgetMs / 4 / this.sequenceMs)))
+    return Math.max(1, Math.min(this.next.inner.batch_size, Math.floor(budgetMs / 4 / this.sequenceMs)))
   }
 
   async train(work, open, steps) {
-    const { run, replica } = this, length = run.data.sequence_length
+    const { replica, next: run } = this, length = run.data.sequence_length
+    this.optimizer.run = run
     const budgetMs = this.budgetMs(open), until = Date.now() + budgetMs
     const gradient = new Float32Array(run.layout.size)
     work.local = replica.outer.slice()
@@ -2104,7 +2307,7 @@ class Peer {
 
   /** Compress, sign and store the packet of a round; false when the inner steps diverged. */
   makePacket(work, open, done, tokens) {
-    const { run, replica } = this, { k, code_bits: codeBits, beta } = run.compression
+    const { replica, next: run } = this, { k, code_bits: codeBits, beta } = run.compression
     const acc = accumulate(beta, replica.residual, replica.outer, work.local)
     work.local = null
     try {

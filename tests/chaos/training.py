@@ -25,7 +25,7 @@ from tests.peer.test_swarm import ledger
 
 READY_S = 120.0
 ROUNDS_MAX = 1000
-TASTE = ("--threads", "1", "--dtype", "float32", "--device", "cpu")
+TASTE = ("--threads", "1", "--dtype", "float32", "--device", "cpu", "--micro-batch", "4")
 
 
 def settings_of(

@@ -1,6 +1,6 @@
 import pytest
 
-from peer.data.corpus import SEPARATOR, embedded_documents, split_documents
+from peer.data.corpus import SEPARATOR, embedded_documents, held_out
 
 
 def test_embedded_corpus_has_every_speech_in_order() -> None:
@@ -17,16 +17,13 @@ def test_unknown_corpus_names_the_remedy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "fraction", "held_out"), [(233, 0.05, 12), (100, 0.05, 5), (2, 0.0001, 1), (2, 0.5, 1), (3, 0.99, 2)]
+    ("count", "fraction", "expected"), [(233, 0.05, 12), (100, 0.05, 5), (2, 0.0001, 1), (2, 0.5, 1), (3, 0.99, 2)]
 )
-def test_the_last_documents_are_held_out(count: int, fraction: float, held_out: int) -> None:
-    documents = [str(i) for i in range(count)]
-    train, validation = split_documents(documents, fraction)
-    assert train + validation == documents
-    assert len(validation) == held_out
+def test_a_share_of_the_documents_is_held_out(count: int, fraction: float, expected: int) -> None:
+    assert held_out(count, fraction) == expected
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(1, 0.05), (0, 0.05), (10, 0.0), (10, 1.0)])
 def test_impossible_splits_are_refused(count: int, fraction: float) -> None:
     with pytest.raises(ValueError, match=r"documents|validation_fraction"):
-        split_documents(["text"] * count, fraction)
+        held_out(count, fraction)

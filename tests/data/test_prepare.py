@@ -16,7 +16,7 @@ CONFIG = DataConfig(sequence_length=64, validation_fraction=0.05)
 
 def small_corpus(folder: Path) -> list[str]:
     documents = [f"Speech number {i}: " + "the union is strong. " * (10 + i) for i in range(20)]
-    write_corpus(documents, ByteTokenizer(), folder, 0.1)
+    write_corpus(documents, len(documents), ByteTokenizer(), folder, 0.1)
     return documents
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from peer.net.link import Link
-from peer.net.messages import ReceiptMsg, RoundOpened, WatchEvent
+from peer.net.messages import Amended, ReceiptMsg, RoundOpened, WatchEvent
 from peer.net.service import Server, ServiceLimits, serve
+from peer.net.throttle import Traffic
 from peer.net.tls import TlsIdentity, make_tls_identity
+from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey
 
 Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
@@ -36,6 +38,7 @@ class House:
     gate: asyncio.Event | None = None
     standby: bool = False
     shown_to_us: list[tuple[bytes, bytes, bytes]] = field(default_factory=list)
+    amendments: list[bytes] = field(default_factory=list)
 
     async def welcome(self, peer: bytes) -> bytes:
         return HEAD
@@ -70,10 +73,20 @@ class House:
     async def blob(self, kind: str, digest: bytes) -> bytes | Path | None:
         return self.blobs.get((kind, digest))
 
+    async def amend(self, peer: bytes, data: bytes) -> Amended:
+        if data == b"bad":
+            raise ProtocolError(Code.BAD_AMENDMENT, "it is not signed by the operator")
+        self.amendments += [data] if data else []
+        return Amended(ROOT if self.amendments else bytes(32), 7)
+
 
 @asynccontextmanager
 async def serving(
-    house: House, spool: Path, limits: ServiceLimits | None = None, tls: TlsIdentity | None = TLS
+    house: House,
+    spool: Path,
+    limits: ServiceLimits | None = None,
+    tls: TlsIdentity | None = TLS,
+    traffic: Traffic | None = None,
 ) -> AsyncIterator[Server]:
     server = await serve(
         house,
@@ -84,6 +97,7 @@ async def serving(
         tls=tls,
         spool=spool,
         limits=limits or ServiceLimits(),
+        traffic=traffic,
     )
     try:
         yield server

@@ -16,12 +16,12 @@ import pytest
 
 from peer.net.errors import LinkError, LinkFailure
 from peer.net.link import Link
-from peer.net.messages import SERVICE, ReceiptMsg, RoundClosed, RoundOpened
+from peer.net.messages import SERVICE, Amended, ReceiptMsg, RoundClosed, RoundOpened
 from peer.net.pb import swarm_pb2 as pb
 from peer.net.service import ServiceLimits
 from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey
-from protocol.limits import FRAME_BYTES
+from protocol.limits import AMENDMENT_BYTES_MAX, FRAME_BYTES
 from tests.net.room import AGGREGATOR, ROOT, RUN, TLS, House, Wire, join, serving, until
 
 pytestmark = pytest.mark.net
@@ -343,3 +343,24 @@ def _submit_call(link: Link) -> Any:
     return link._bulk.stream_stream(
         f"/{SERVICE}/Submit", pb.SubmitRequest.SerializeToString, pb.SubmitReply.FromString
     )()
+
+
+async def test_amendments_go_up_whole_are_refused_with_a_code_and_are_bounded_in_size_and_number(
+    tmp_path: Path,
+) -> None:
+    house, largest = House(), EIGHT_MIB[:AMENDMENT_BYTES_MAX]
+    async with (
+        serving(house, tmp_path, ServiceLimits(amends_per_minute_max=4)) as server,
+        await join(server.port) as link,
+    ):
+        assert await link.amend() == Amended(bytes(32), 7)
+        assert await link.amend(largest) == Amended(ROOT, 7)
+        with pytest.raises(ProtocolError, match="not signed by the operator") as refused:
+            await link.amend(b"bad")
+        assert refused.value.code == Code.BAD_AMENDMENT
+        with pytest.raises(ProtocolError, match="at most 65536 bytes"):
+            await link.amend(largest + b"1")
+        assert await link.amend() == Amended(ROOT, 7)
+        with pytest.raises(ProtocolError, match="at most 4 amendments a minute") as busy:
+            await link.amend(b"one more")
+        assert busy.value.code == Code.BUSY and house.amendments == [largest]

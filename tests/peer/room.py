@@ -78,7 +78,7 @@ async def _swarm(
             peer = Home(folder / f"peer-{number}")
             (peer.path / "data").symlink_to(run_folder / "data")
             atomic_write(peer.key_path, peer_key(number).to_text().encode("ascii"), mode=0o600)
-            config = PeerConfig(home=peer.path, device="cpu", dtype="float32", threads=1)
+            config = PeerConfig(home=peer.path, device="cpu", dtype="float32", threads=1, micro_batch=4)
             clients.append(kind(here, peer, config, telemetry, stop))
         try:
             async with asyncio.timeout(100):

@@ -166,5 +166,6 @@ class Swarm:
 
     def peer(self, name: str) -> Program:
         home = str(self.folder / name)
-        taste = ("--threads", "1", "--dtype", "float32", "--device", "cpu")
+        # The micro-batch is given, for one found by trying may differ from life to life, and with it the last bits.
+        taste = ("--threads", "1", "--dtype", "float32", "--device", "cpu", "--micro-batch", "4")
         return self.start(name, "join", str(self.run / "invite.txt"), "--home", home, *taste)

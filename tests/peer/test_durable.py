@@ -32,6 +32,7 @@ from peer.data.prepare import Dataset, prepare
 from peer.merge import sections_of_update
 from peer.operator import OperatorFolder
 from peer.store import Home, RunFolder, atomic_write
+from protocol.amendment import Amendments
 from protocol.compress import dequantize, to_float32
 from protocol.errors import Code
 from protocol.identity import NO_DIGEST
@@ -80,21 +81,21 @@ class Late(Watched):
 class Strict(Aggregator):
     """It refuses the first peer's packet in one round, and all packets in another."""
 
-    def _settle(self, close: Close) -> tuple[RoundRecord, HeldState]:
+    def _settle(self, close: Close, amendments: Amendments) -> tuple[RoundRecord, HeldState]:
         def refused(submission: Submission, code: Code) -> Submission:
             return dataclasses.replace(submission, verdict=Verdict.REFUSED, code=int(code))
 
         submissions = close.submissions
         if self.round.round == NULL_ROUND:
             nothing = tuple(refused(submission, Code.NO_QUORUM) for submission in submissions)
-            return super()._settle(Close(Kind.NULL, CloseReason.DEADLINE, nothing))
+            return super()._settle(Close(Kind.NULL, CloseReason.DEADLINE, nothing), amendments)
         if self.round.round == REFUSED_ROUND:
             first = peer_key(0).public
             submissions = tuple(
                 refused(submission, Code.TOO_LARGE) if submission.peer == first else submission
                 for submission in submissions
             )
-        return super()._settle(dataclasses.replace(close, submissions=submissions))
+        return super()._settle(dataclasses.replace(close, submissions=submissions), amendments)
 
 
 def bits(tensor: torch.Tensor) -> NDArray[np.uint8]:
@@ -248,7 +249,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
 
 def run_two(folder: Path, run: Path, *start: str) -> subprocess.CompletedProcess[str]:
     """Let peer "two" live until it ends by itself; `start` is what Python runs."""
-    taste = ("--threads", "1", "--dtype", "float32", "--device", "cpu", "--json")
+    taste = ("--threads", "1", "--dtype", "float32", "--device", "cpu", "--micro-batch", "4", "--json")
     return subprocess.run(
         [sys.executable, *start, "join", str(run / "invite.txt"), "--home", str(folder / "two"), *taste],
         capture_output=True,
@@ -308,7 +309,10 @@ def test_peers_stopped_at_random_moments_make_the_packets_that_they_would_have_m
             if draw.random() < 0.5:
                 peers[name].kill()
             else:
-                os.killpg(peers[name].process.pid, signal.SIGINT)
+                # The first Ctrl+C would send what is done so far; with the second it leaves at once. Two signals of one
+                # kind may arrive as one.
+                for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+                    os.killpg(peers[name].process.pid, number)
                 peers[name].wait_end(15)
             peers[name] = swarm.peer(name)
         finish(list(peers.values()), aggregator, PATIENT_ROUNDS)

@@ -28,7 +28,7 @@ ENTRIES = (
     Entry(C, A, Verdict.REFUSED, Code.BAD_RATIO, 0, 0, 0, 0),
 )
 GENESIS = genesis_record(RUN, KEY, 1_000)
-HEAD_BYTES, ENTRY_BYTES = 164, 85
+HEAD_BYTES, ENTRY_BYTES = 204, 85
 
 
 def make_record() -> RoundRecord:
@@ -44,6 +44,8 @@ def make_record() -> RoundRecord:
         opened_ms=2_000,
         closed_ms=3_500,
         entries=ENTRIES,
+        amendment=B,
+        loss_micronats=2_345_678,
     )
 
 
@@ -59,6 +61,7 @@ NULL = sign_record(
     ),
     KEY,
 )
+ROLLBACK = sign_record(dataclasses.replace(NULL, kind=Kind.ROLLBACK, reason=CloseReason.OPERATOR, state_root=C), KEY)
 
 
 def forged(record: RoundRecord) -> bytes:
@@ -69,7 +72,7 @@ def forged(record: RoundRecord) -> bytes:
 
 def test_the_bytes_are_those_of_the_specification() -> None:
     expected = b"SLRR" + struct.pack("<HBB", 1, 1, 2) + RUN.run_id + struct.pack("<II", 1, 0)
-    expected += GENESIS.digest + C + A + struct.pack("<QQI", 2_000, 3_500, 4)
+    expected += GENESIS.digest + C + A + B + struct.pack("<QQIII", 2_000, 3_500, 0, 2_345_678, 4)
     assert len(expected) == HEAD_BYTES
     for e in ENTRIES:
         expected += e.peer + e.packet_digest
@@ -79,7 +82,7 @@ def test_the_bytes_are_those_of_the_specification() -> None:
     assert RECORD.digest == digest("record", RECORD.to_bytes())
 
 
-@pytest.mark.parametrize("record", [GENESIS, RECORD, NULL], ids=["genesis", "applied", "null"])
+@pytest.mark.parametrize("record", [GENESIS, RECORD, NULL, ROLLBACK], ids=["genesis", "applied", "null", "rollback"])
 def test_a_record_travels_and_is_believed(record: RoundRecord) -> None:
     again = RoundRecord.from_bytes(record.to_bytes())
     assert again == record
@@ -106,8 +109,8 @@ def test_a_cut_long_or_foreign_record_is_refused() -> None:
         (data + b"\0", Code.TRAILING),
         (data[:4] + b"\2\0" + data[6:], Code.VERSION),
         (data[: HEAD_BYTES - 4] + count + data[HEAD_BYTES:], Code.TOO_LARGE),
-        (data[:6] + b"\3" + data[7:], Code.BAD_RECORD),
-        (data[:7] + b"\4" + data[8:], Code.BAD_RECORD),
+        (data[:6] + b"\4" + data[7:], Code.BAD_RECORD),
+        (data[:7] + b"\5" + data[8:], Code.BAD_RECORD),
         (data[: HEAD_BYTES + 64] + b"\3" + data[HEAD_BYTES + 65 :], Code.BAD_RECORD),
     ):
         with refused(code):
@@ -149,6 +152,14 @@ many = tuple(Entry(i.to_bytes(32, "big"), A, Verdict.ACCEPTED, 0, 1, 1, 1, 1) fo
         ("null with an accepted packet", dataclasses.replace(NULL, entries=ENTRIES)),
         ("null with an update", dataclasses.replace(NULL, update_digest=A)),
         ("null before the deadline", dataclasses.replace(NULL, reason=CloseReason.COMPLETE)),
+        ("null by the operator", dataclasses.replace(NULL, reason=CloseReason.OPERATOR)),
+        ("rollback at the deadline", dataclasses.replace(NULL, kind=Kind.ROLLBACK)),
+        ("rollback with an accepted packet", dataclasses.replace(ROLLBACK, entries=ENTRIES)),
+        ("rollback with an update", dataclasses.replace(ROLLBACK, update_digest=A)),
+        ("a loss of this very round", dataclasses.replace(make_record(), evaluated_round=1)),
+        ("no loss of a round", dataclasses.replace(make_record(), round=3, evaluated_round=1, loss_micronats=0)),
+        ("genesis with an amendment", dataclasses.replace(GENESIS, amendment=A)),
+        ("genesis with a loss", dataclasses.replace(GENESIS, loss_micronats=1)),
         ("genesis later", dataclasses.replace(GENESIS, round=1)),
         ("genesis with a predecessor", dataclasses.replace(GENESIS, previous=A)),
         ("genesis with a reason", dataclasses.replace(GENESIS, reason=CloseReason.COMPLETE)),
@@ -179,6 +190,7 @@ def test_a_record_is_believed_for_its_run_and_aggregator_alone() -> None:
 def test_records_form_one_chain() -> None:
     check_link(GENESIS, RECORD)
     check_link(GENESIS, NULL)
+    check_link(GENESIS, ROLLBACK)
     later = dataclasses.replace(make_record(), round=2, previous=RECORD.digest, epoch=1)
     check_link(RECORD, later)
     for previous, record in (

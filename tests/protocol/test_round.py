@@ -52,7 +52,14 @@ def arrived(number: int) -> Arrived:
     return Arrived(peer(number), peer(number + 10**6), 5120, 20)
 
 
-def chain(count: int, *, epoch: int = 0, branch: str = "s", after: RoundRecord | None = None) -> list[RoundRecord]:
+def chain(
+    count: int,
+    *,
+    epoch: int = 0,
+    branch: str = "s",
+    after: RoundRecord | None = None,
+    rollbacks: frozenset[int] = frozenset(),
+) -> list[RoundRecord]:
     player = Player()
     first = 0
     if after is not None:
@@ -63,6 +70,8 @@ def chain(count: int, *, epoch: int = 0, branch: str = "s", after: RoundRecord |
         fields = {"round": str(number), "root": f"{branch}{number}", "epoch": str(epoch)}
         if number:
             fields["after"] = "r"
+        if number in rollbacks:
+            fields["kind"] = "rollback"
         player.records["r"] = player._record(fields)
         records.append(player.records["r"])
     return records
@@ -140,7 +149,7 @@ def test_the_next_round_knows_the_members_and_the_arrivals() -> None:
     machine.handle(arrived(1), 107.0)
     assert machine.closed
     machine.handle(Joined(peer(3)), 108.0)
-    after = machine.next(named("s5"), 110.0)
+    after = machine.next(machine.run, named("s5"), 110.0)
     assert (after.round, after.base_root, after.deadline_at_s) == (6, named("s5"), 410.0)
     assert after.members == {peer(1), peer(2), peer(3)}
     assert after.history.arrivals_s == (7.0,)
@@ -255,9 +264,10 @@ def random_event(draw: random.Random, records: list[RoundRecord]) -> machines.Re
 @pytest.mark.parametrize("seed", range(300))
 def test_no_order_of_events_breaks_the_rules_of_a_replica(seed: int) -> None:
     draw = random.Random(seed)
-    good = chain(8)
+    good = chain(8, rollbacks=frozenset(draw.sample(range(3, 8), draw.randrange(3))))
     records = [*good, *chain(4, branch="x", after=good[3]), *chain(3, epoch=1, branch="n", after=good[4])]
-    machine = ReplicaRound(run_of({}), record=draw.choice([None, good[2]]))
+    overlap = draw.choice(["yes", "no"])
+    machine = ReplicaRound(run_of({"overlap": overlap}), record=draw.choice([None, good[2]]))
     job: object = None
     now_s = 0.0
     for _ in range(120):
@@ -274,6 +284,7 @@ def test_no_order_of_events_breaks_the_rules_of_a_replica(seed: int) -> None:
                     assert event_ends(event, under_way), f"{effect} beside {under_way}"
                 # What a replica owes to a round is settled before its state moves on.
                 assert settled or not isinstance(effect, ApplyUpdate | LoadState) or machine._work is None
+                assert not isinstance(effect, ApplyUpdate) or effect.record.kind != Kind.ROLLBACK
             settled = settled or isinstance(effect, Settle)
         job = machine._job
 
@@ -285,9 +296,13 @@ def _answer(job: object, draw: random.Random) -> machines.ReplicaEvent:
         case MakePacket():
             return PacketReady(named(f"p{job.round}"))
         case ApplyUpdate() | LoadState():
-            return Applied(job.record.round, job.record.state_root if draw.random() < 0.8 else named("bad"))
+            root = job.record.state_root if draw.random() < 0.8 else named("bad")
+            return Applied(job.record.round, root, draw.choice(RUNS))
         case _:
             return Failed("x")
+
+
+RUNS = [None, *(run_of({"overlap": "yes"}).amended({"inner.learning_rate": rate}) for rate in (0.1, 0.2))]
 
 
 def event_ends(event: machines.ReplicaEvent, job: object) -> bool:

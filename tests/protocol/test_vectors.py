@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from protocol import make_vectors
+from protocol.amendment import Amendment, Amendments
 from protocol.cases import packets
 from protocol.cases.sections import gap_bytes
 from protocol.cases.transport import Frame, block, zstd
 from protocol.cases.vector import make_run, text_of
 from protocol.conformance import FOLDER, LINE_BYTES_MAX, Case, load
 from protocol.errors import Code, ProtocolError
-from protocol.identity import merkle_root
-from protocol.ledger import RoundRecord, check_record
+from protocol.identity import NO_DIGEST, digest, merkle_root
+from protocol.ledger import Kind, RoundRecord, check_record
 from protocol.packing import section_bytes_max
 from protocol.reference_client import answer
 from protocol.round import (
@@ -41,6 +42,7 @@ from protocol.round import (
     ReplicaRound,
     Send,
     Settle,
+    StopInner,
     Tick,
     TrainInner,
 )
@@ -73,6 +75,9 @@ TABLES = {
     ("7", "header"): {"update"},
     ("7", "then each section"): {"update-section"},
     ("8", "record"): {"record"},
+    ("8", "amendment"): {"amendment"},
+    ("8", "then, as the next one"): {"amendments"},
+    ("8", "amendments that a record"): {"amendments"},
     ("10", "record"): {"dht"},
     ("11", "bundle"): {"bundle"},
 }
@@ -160,7 +165,8 @@ def test_every_row_of_every_refusal_table_has_a_vector() -> None:
     tables = refusal_tables(SPEC.read_text("utf-8"))
     seen = set()
     for (section, title), rows in tables.items():
-        places = [place for place in TABLES if place[0] == section and title.startswith(place[1])]
+        begun = [place for place in TABLES if place[0] == section and title.startswith(place[1])]
+        places = sorted(begun, key=lambda place: len(place[1]))[-1:]
         assert len(places) == 1, f"section {section}, table {title!r}: which kind of request tests it?"
         seen.update(places)
         for name, number in Counter(name for row in rows for name in row).items():
@@ -274,9 +280,13 @@ FORGOTTEN = {"chain/second-later"}
 class Driver:
     """Drives the replica's machine by the events of a vector. Updates and states always arrive and fit."""
 
-    def __init__(self, run: RunConfig, held: RoundRecord, packets: Mapping[int, bytes]) -> None:
-        self.machine = ReplicaRound(run, record=held)
+    def __init__(
+        self, run: RunConfig, held: RoundRecord, packets: Mapping[int, bytes], stored: Mapping[bytes, bytes]
+    ) -> None:
         self.run = run
+        self.stored = stored
+        self.chain = self.loaded(held)
+        self.machine = ReplicaRound(self.chain.config_at(held.round + 1), record=held)
         self.packets = dict(packets)
         self.settled: list[list[Any]] = []
         self.now_s = 0.0
@@ -290,7 +300,10 @@ class Driver:
         for effect in list(effects):
             match effect:
                 case ApplyUpdate() | LoadState():
-                    effects += self.feed(Applied(effect.record.round, effect.record.state_root))
+                    run = self.chain.config_at(effect.record.round + 1)
+                    effects += self.feed(Applied(effect.record.round, effect.record.state_root, run))
+                case StopInner():
+                    effects += self.feed(InnerDone(effect.round, 0, 0))
                 case CatchUp():
                     effects += self.feed(Failed("the records between are not there yet"))
                 case Settle():
@@ -298,6 +311,33 @@ class Driver:
                 case MakePacket():
                     effects += self.feed(PacketReady(self.packets.pop(effect.round)))
         return effects
+
+    def bring_in(self, record: RoundRecord) -> None:
+        """Fetch the amendments of a record before the machine sees it, and refuse it when they are broken."""
+        head = self.machine.record
+        assert head is not None
+        if record.epoch < head.epoch or record.digest == head.digest:
+            return
+        if record.round == head.round + 1 and record.previous == head.digest:
+            self.chain = self.chain.follow(record, self.fetched(self.chain, record.amendment))
+        elif record.epoch > head.epoch and record.round <= head.round + 1:
+            self.chain = self.loaded(record)
+
+    def loaded(self, record: RoundRecord) -> Amendments:
+        chain = Amendments(self.run)
+        for amendment in self.fetched(chain, record.amendment):
+            chain = chain.append(amendment)
+        chain.check(record)
+        return chain
+
+    def fetched(self, known: Amendments, head: bytes) -> list[Amendment]:
+        found: list[Amendment] = []
+        while head not in (known.head, NO_DIGEST):
+            if head not in self.stored:
+                raise ProtocolError(Code.NOT_FOUND, "no such amendment")
+            found.insert(0, Amendment.from_bytes(self.stored[head], self.run))
+            head = found[0].previous if found[0].number > 1 else NO_DIGEST
+        return found
 
     def make_packet(self) -> None:
         """Train and make the packet of the round after the head, if the vector has one."""
@@ -323,13 +363,16 @@ class Driver:
         try:
             record = RoundRecord.from_bytes(bytes.fromhex(event["record"]))
             check_record(record, self.run)
+            self.bring_in(record)
         except ProtocolError as error:
             return int(error.code)
+        assert self.machine.record is not None
+        epoch = self.machine.record.epoch
         effects = self.feed(Recorded((record,)))
         self.make_packet()
         words: dict[type[ReplicaEffect], str] = {
             ApplyUpdate: "next",
-            LoadState: "branch",
+            LoadState: "rollback" if record.kind == Kind.ROLLBACK and record.epoch == epoch else "branch",
             CatchUp: "gap",
             Alarm: "second",
         }
@@ -341,7 +384,8 @@ def test_the_machine_follows_as_the_vectors_say(case: Case) -> None:
     request, wanted = case.request, case.expect["ok"]
     run = RunConfig.from_json(request["run"].encode("ascii"))
     held = RoundRecord.from_bytes(bytes.fromhex(request["held"]))
-    driver = Driver(run, held, {round: bytes.fromhex(digest) for round, digest in request["packets"]})
+    stored = {digest("amendment", data): data for data in map(bytes.fromhex, request["amendments"])}
+    driver = Driver(run, held, {round: bytes.fromhex(packet) for round, packet in request["packets"]}, stored)
     decisions = [driver.decide(event) for event in request["events"]]
     driver.now_s += 100
     driver.feed(Tick())  # what failed before is tried again

@@ -1,10 +1,12 @@
 """Golden transcripts of the round machines: what goes in at the left margin, what comes out indented below it.
 
 `python -m tests.protocol.transcripts` writes the outcomes in tests/scenarios anew; read the difference before you keep
-it. A short text stands for 32 bytes; a line `record NAME field=value ...` declares a record, which goes by that name.
+it. A short text stands for 32 bytes; a line `record NAME field=value ...` declares a record, which goes by that name;
+`run=inner.steps:5` is the run with another setting.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,8 @@ class Player:
             self.records[name] = self._record(fields)
         elif first == "next":
             assert isinstance(self.machine, AggregatorRound)
-            self.machine = self.machine.next(named(fields["root"]), self.now_s)
+            run = self._value("run", fields["run"]) if "run" in fields else self.machine.run
+            self.machine = self.machine.next(run, named(fields["root"]), self.now_s)
         elif first == "aggregator":
             self.machine = self._aggregator(fields)
         else:
@@ -112,7 +115,7 @@ class Player:
             epoch=int(fields.get("epoch", "0")),
             previous=previous,
             kind=kind,
-            reason=CloseReason.DEADLINE,
+            reason=CloseReason.OPERATOR if kind == Kind.ROLLBACK else CloseReason.DEADLINE,
             state_root=named(fields["root"]),
             update_digest=named("u") if kind == Kind.APPLIED else NO_DIGEST,
             opened_ms=0,
@@ -138,6 +141,10 @@ class Player:
                 return text
             case "closes_in_s":
                 return float(text)
+            case "run":
+                assert self.machine is not None
+                changes = dict(item.split(":") for item in split(text))
+                return self.machine.run.amended({key: json.loads(value) for key, value in changes.items()})
             case "round" | "steps" | "tokens" | "inner_steps":
                 return int(text)
             case "digest" if text in self.records:
