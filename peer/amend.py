@@ -11,12 +11,12 @@ from pathlib import Path
 
 from peer.amendments import describe, fetched_amendments
 from peer.connection import as_user_error
-from peer.errors import UserCode, UserError, printable
+from peer.errors import UserCode, UserError, os_errors, printable
 from peer.find import Finder
 from peer.net.errors import LinkError
 from peer.net.link import Link
 from peer.operator import OperatorFolder
-from peer.store import Home, load_key
+from peer.store import Home, atomic_write, load_key
 from protocol.amendment import (
     Action,
     Amendment,
@@ -31,6 +31,7 @@ from protocol.amendment import (
 )
 from protocol.errors import ProtocolError
 from protocol.identity import PrivateKey
+from protocol.invite import Invite
 from protocol.ledger import Kind, RoundRecord, Verdict, check_record
 from protocol.limits import RECORD_BYTES_MAX, ROUND_MAX
 from protocol.run import RunConfig, Setting, kind_of_setting
@@ -134,9 +135,9 @@ async def amend(folder: OperatorFolder, wish: Wish, *, dry_run: bool = False, pl
     key, run = _operator_key(folder, signed.config), signed.config
     # Whoever only brings something leaves nothing behind, and comes with a key made for it.
     with tempfile.TemporaryDirectory() as temporary:
-        finder = await Finder.open(invite, Home(Path(temporary)))
+        finder = _finder(folder, run, invite, Path(temporary))
         try:
-            async with await finder.connect(PrivateKey.generate(), plaintext=plaintext, standby=False) as link:
+            async with await _connect(finder, plaintext=plaintext) as link:
                 situation = await look(link, run)
                 amendment = sign_amendment(draft(situation, wish), key)
                 changed = situation.amendments.bring_in(amendment, situation.next_record)
@@ -153,6 +154,25 @@ async def amend(folder: OperatorFolder, wish: Wish, *, dry_run: bool = False, pl
             await finder.close()
     lines.append(f"{link.address} has it, and the record of round {situation.next_record} will name it")
     return [*lines, *told]
+
+
+def _finder(folder: OperatorFolder, run: RunConfig, invite: Invite, temporary: Path) -> Finder:
+    """A finder that knows what this folder's aggregator knows of the others, and is not online yet."""
+    home = Home(temporary)
+    known = Path("runs") / run.run_id.hex() / "aggregators.json"
+    if (folder.aggregator_home / known).is_file():
+        with os_errors(folder.aggregator_home / known):
+            atomic_write(home.path / known, (folder.aggregator_home / known).read_bytes())
+    return Finder(invite, home, run)
+
+
+async def _connect(finder: Finder, *, plaintext: bool) -> Link:
+    """Join the aggregator that leads; the directory, which takes seconds, is asked when it is not where it was."""
+    try:
+        return await finder.connect(PrivateKey.generate(), plaintext=plaintext, standby=False)
+    except LinkError:
+        await finder.go_online()
+        return await finder.connect(PrivateKey.generate(), plaintext=plaintext, standby=False)
 
 
 def _operator_key(folder: OperatorFolder, run: RunConfig) -> PrivateKey:

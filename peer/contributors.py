@@ -84,6 +84,8 @@ def contributors_of_folder(folder: Path, count: int) -> Contributors:
     for path in find_stores(folder):
         with closing(Stored(path)) as store:
             head = store.head()
+            if head < 0:
+                continue
             run = store.run()
             rows = (store.record(round) for round in range(max(0, head - count + 1), head + 1))
             records = [RoundRecord.from_bytes(row.data) for row in rows if row is not None]

@@ -3,11 +3,15 @@
 import argparse
 import asyncio
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peer.commands.options import AddParser, add_plaintext, invite_text
+from peer.errors import UserCode, UserError
 from peer.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -61,11 +65,21 @@ def _act(arguments: argparse.Namespace) -> int:
     from peer.operator import OperatorFolder
 
     wish, folder = _wish(arguments), OperatorFolder(arguments.folder)
-    with Telemetry("operator", file=None, json_stdout=False):
+    with _quiet("operator"):
         work = amend(folder, wish, dry_run=arguments.dry_run, plaintext=arguments.plaintext_local)
         lines = asyncio.run(work)
     print("\n".join(lines))
     return 0
+
+
+@contextmanager
+def _quiet(program: str) -> Iterator[None]:
+    """Leave out what the link and the directory report while somebody only wants an answer."""
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        Telemetry(program, file=None, json_stdout=False, stderr=nowhere),
+    ):
+        yield
 
 
 def _wish(arguments: argparse.Namespace) -> "Wish":
@@ -99,9 +113,11 @@ def _add_peers(peers: argparse.ArgumentParser) -> None:
 def _peers(arguments: argparse.Namespace) -> int:
     from peer.contributors import contributors_of_folder, contributors_of_run
 
-    text, count = invite_text(arguments.source), max(1, arguments.rounds)
-    if text.startswith("slp1"):
-        with Telemetry("peers", file=None, json_stdout=False):
+    text, count = invite_text(arguments.source), arguments.rounds
+    if count < 1:
+        raise UserError(UserCode.BAD_ARGUMENT, "there are no such last rounds", "give --rounds 1 or more")
+    if text.startswith("slp1") or text != arguments.source:
+        with _quiet("peers"):
             found = asyncio.run(contributors_of_run(text, count, plaintext=arguments.plaintext_local))
     else:
         found = contributors_of_folder(Path(text), count)
