@@ -5,7 +5,8 @@ rounds after it go. An aggregator also keeps those that no record names yet: the
 so, and come back after a crash.
 """
 
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from itertools import pairwise
 
 import structlog
 
@@ -143,6 +144,12 @@ class AmendedRun:
             if amendment not in before.chain:
                 log.info("amendment", number=amendment.number, says=describe(amendment))
         self.amendments, self._record = chain, record
+
+    def check(self, before: RoundRecord, records: Sequence[RoundRecord]) -> None:
+        """Check that records that lead on from `before` keep to the amendments. Raises ProtocolError."""
+        for previous, record in pairwise([before, *records]):
+            if record.previous == previous.digest:
+                follow(up_to(self.amendments, previous.amendment), record, self.amendments)
 
 
 def describe(amendment: Amendment) -> str:

@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from peer.amendments import stored_amendments
 from peer.core import codec
 from peer.errors import UserCode, UserError, os_errors
 from peer.merge import sections_of_update
 from peer.store import StateStore
 from peer.stored import FOLDERS_DEEP, RUN_FILE, Stored, find_stores
+from protocol.amendment import Amendments
 from protocol.errors import ProtocolError
 from protocol.identity import NO_DIGEST
 from protocol.layout import state_root
@@ -87,7 +89,13 @@ def newest_round(source: Path) -> tuple[int, bool]:
     paths = find_stores(source)
     if not paths:
         return -1, False
-    _, run, head = _choose(source, paths)
+    path, run, head = _choose(source, paths)
+    with closing(Stored(path)) as store:
+        row = store.record(head)
+        if row is not None:
+            # The operator may have amended how many rounds there are.
+            named = RoundRecord.from_bytes(row.data).amendment
+            run = stored_amendments(store.blobs, Amendments(run), named).config_at(head + 1)
     return head, head >= run.outer.rounds
 
 

@@ -7,13 +7,13 @@ import sys
 import traceback
 from pathlib import Path
 
-from peer.commands import control, corpus, demo, export, join, look, run, servers, simulate
+from peer.commands import control, corpus, demo, doctor, export, join, look, run, servers, simulate
 from peer.errors import UserCode, UserError, from_os_error, render
 from protocol.errors import ProtocolError
 
 INTERRUPTED = 130
 NOBODY_READS = 141
-COMMANDS = (join, control, run, corpus, servers, demo, look, export, simulate)
+COMMANDS = (join, doctor, control, run, corpus, servers, demo, look, export, simulate)
 
 
 def main(argv: list[str] | None = None) -> int:

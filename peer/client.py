@@ -20,6 +20,7 @@ import structlog
 from numpy.typing import NDArray
 
 from peer import keep
+from peer.amendments import AmendedRun
 from peer.config import PeerConfig
 from peer.connection import FIRST_PATIENCE_S, Connection
 from peer.controls import Controls
@@ -46,7 +47,7 @@ from peer.view import View
 from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST
 from protocol.invite import Invite
-from protocol.ledger import RoundRecord, check_record
+from protocol.ledger import Kind, RoundRecord, check_record
 from protocol.limits import RECORD_BYTES_MAX, RUN_BYTES_MAX
 from protocol.packet import make_packet
 from protocol.round import (
@@ -148,6 +149,7 @@ class Client:
         self._trainer: Trainer
         self._loader: StateLoader
         self._connection: Connection
+        self._amended: AmendedRun
         self._updates: Updates
         self._donor: Donor | None = None
         self._server: Server | None = None
@@ -282,18 +284,18 @@ class Client:
 
     # The link
 
-    def connected(self, head_record: bytes) -> None:
-        """A link stands, and its aggregator's newest record is this one. Raises ProtocolError."""
-        self._post(Connected(self._checked(head_record)))
+    async def connected(self, link: Link) -> None:
+        """A link stands. Raises LinkError and ProtocolError."""
+        self._post(Connected(await self._learned(link.head_record, link)))
 
-    def heard(self, event: RoundEvent) -> None:
-        """A round opened or closed. Raises ProtocolError."""
+    async def heard(self, link: Link, event: RoundEvent) -> None:
+        """A round opened or closed. Raises LinkError and ProtocolError."""
         match event:
             case RoundOpened():
                 self._view.opened(event.closes_in_s)
                 self._post(Opened(event.round, event.base_root, event.inner_steps, event.closes_in_s))
             case RoundClosed():
-                record = self._checked(event.record)
+                record = await self._learned(event.record, link)
                 self._updates.note(event, record)
                 self._post(Recorded((record,)))
 
@@ -315,6 +317,12 @@ class Client:
         check_record(record, self.run)
         return record
 
+    async def _learned(self, data: bytes, link: Link) -> RoundRecord:
+        """A record that was checked, whose amendments are here before anything is done about it."""
+        record = self._checked(data)
+        await self._amended.learn(record, lambda kind, digest, most: link.fetch(kind, digest, size_max=most))
+        return record
+
     async def _prepare(self, link: Link, finder: Finder) -> None:
         """Fetch and verify the run, then make its data and the replica."""
         log.info("connected", address=link.address, aggregator=link.aggregator)
@@ -332,13 +340,18 @@ class Client:
             self._traffic,
             self._plaintext,
         )
-        self._updates = Updates(self.run, self._connection)
+        self._amended = AmendedRun(self.run, self._folder.blobs)
+        self._updates = Updates(self._amended, self._connection)
         if self._config.serve:
             await self._serve(signed)
         made = await asyncio.to_thread(equip, self.run, self._home, self._config, self._key.public)
         self._data, self._replica = made.data, made.replica
         self._controls.device = self._replica.device.type
         self._trainer = Trainer(self._replica)
+        stored = await asyncio.to_thread(keep.stored_record, self._folder.replica_path, self.run)
+        if stored is not None:
+            await self._learned(stored.to_bytes(), link)
+            self._replica.change(self._amended.settings(stored.round + 1))
         self._machine = await asyncio.to_thread(self._resume)
         self._view.begin(self.run.name, self.run.outer.rounds, self.run.inner.steps)
 
@@ -360,17 +373,17 @@ class Client:
         kept = keep.load(self._folder.replica_path, self._replica)
         if kept is None:
             return ReplicaRound(self.run)
-        record, packet = kept.record, kept.packet
+        record, packet, run = kept.record, kept.packet, self._replica.run
         log.info("resumed", round=record.round, packet=packet.header.digest if packet else None)
         if packet is not None:
             header = packet.header
             self._packet = _Packet(header.digest, packet.wire, self._replica.sent_values)
             # Parameters other than the record's show after the next update, and are then loaded anew.
-            return ReplicaRound(self.run, record=record, packet=(header.round, header.digest))
+            return ReplicaRound(run, record=record, packet=(header.round, header.digest))
         if kept.state_root != record.state_root:
             log.warning("the stored parameters are not those of their record, so they are loaded anew")
             return ReplicaRound(self.run)
-        return ReplicaRound(self.run, record=record)
+        return ReplicaRound(run, record=record)
 
     def _store(self, wire: bytes | None) -> None:
         """Keep the replica on the disk, with the packet that is about to be sent."""
@@ -489,7 +502,11 @@ class Client:
 
     async def _train(self, effect: TrainInner) -> ReplicaEvent:
         self._round_over = False
-        inner = self.run.inner
+        if self._key.public in self._amended.amendments.banned_at(effect.round):
+            log.warning("not training", round=effect.round, why="the operator has banned this peer from the run")
+            return InnerDone(effect.round, 0, 0)
+        run = self._amended.settings(effect.round)
+        inner = run.inner
         step_tokens = inner.batch_size * self.run.data.sequence_length
         began_s = time.monotonic()
         if self._totals.began_s is None:
@@ -506,6 +523,7 @@ class Client:
                 self._stop_inner.set()
 
         def train() -> Trained:
+            self._replica.change(run)
             if effect.ahead:
                 self._replica.begin_ahead()
             elif not effect.done:
@@ -525,18 +543,19 @@ class Client:
         self._totals.steps_ahead += trained.steps if effect.ahead else 0
         if trained.steps:
             self._totals.loss = trained.mean_loss
+            self._totals.learning_rate = self._replica.inner.learning_rate
         return InnerDone(effect.round, trained.steps, trained.tokens)
 
     async def _make_packet(self, effect: MakePacket) -> ReplicaEvent:
         record = self._machine.record
         assert record is not None, "work starts from a record"
+        run = self._amended.settings(effect.round)
 
         def build() -> _Packet:
+            self._replica.change(run)
             sections = self._replica.make_contribution()
-            packet = make_packet(
-                self.run, self._key, effect.round, record.state_root, effect.tokens, effect.steps, sections
-            )
-            wire = packet_to_wire(packet, self.run)
+            packet = make_packet(run, self._key, effect.round, record.state_root, effect.tokens, effect.steps, sections)
+            wire = packet_to_wire(packet, run)
             self._store(wire)
             return _Packet(packet.header.digest, wire, self._replica.sent_values)
 
@@ -598,12 +617,17 @@ class Client:
             mine_counted=any(entry.peer == self._key.public and entry.weight for entry in record.entries),
             contributors=len(accepted(record.entries)),
             loss=self._totals.loss,
+            learning_rate=self._totals.learning_rate,
             tokens=self._totals.tokens,
             form=update.form,
             bytes=update.size,
             state_root=root.hex(),
         )
-        return Applied(record.round, root)
+        return self._applied(record, root)
+
+    def _applied(self, record: RoundRecord, root: bytes) -> Applied:
+        """The parameters are those after a record's round; the next one may go by other settings."""
+        return Applied(record.round, root, self._amended.settings(record.round + 1))
 
     async def _prefetch(self, record: RoundRecord) -> ReplicaEvent:
         await self._updates.prefetch(record, self._base_root())
@@ -617,7 +641,9 @@ class Client:
     async def _load_state(self, record: RoundRecord) -> ReplicaEvent:
         """Take the outer parameters from our own disk, or get them from others."""
         states, replica = self._folder.states, self._replica
-        healing = self._machine.record is not None
+        healing = self._machine.record is not None and record.kind != Kind.ROLLBACK
+        if record.kind == Kind.ROLLBACK:
+            log.info("the operator took the run back", round=record.round, state_root=record.state_root.hex())
         if healing:
             why = "its parameters are not those of the ledger, or updates do not lead there any more"
             log.warning(
@@ -633,7 +659,7 @@ class Client:
         if healing:
             log.info("this replica holds the parameters of the run again and takes part", round=record.round)
         await self._offer_others(record, root, None)
-        return Applied(record.round, root)
+        return self._applied(record, root)
 
     def _adopt(self, flat: NDArray[np.float32]) -> bytes:  # f32[N]
         self._phases.over(DOWNLOAD)
@@ -653,6 +679,7 @@ class Client:
             if record.digest != digest:
                 raise ProtocolError(Code.WRONG_DIGEST, "the record is another than the one asked for")
             records.append(record)
+        self._amended.check(effect.have, records[::-1])
         return Recorded(tuple(reversed(records)))
 
     # The end

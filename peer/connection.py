@@ -32,10 +32,10 @@ ASLEEP_S = 10.0  # a tick that comes so late means that the machine, or this pro
 class Listener(Protocol):
     """Who hears what the connection brings. Raises ProtocolError on bytes that break the rules: that ends the link."""
 
-    def connected(self, head_record: bytes) -> None:
-        """A link stands; the newest record of its aggregator, not checked."""
+    async def connected(self, link: Link) -> None:
+        """A link stands; the newest record of its aggregator is not checked."""
 
-    def heard(self, event: RoundEvent) -> None:
+    async def heard(self, link: Link, event: RoundEvent) -> None:
         """A round opened or closed."""
 
     def lost(self, reason: str) -> None:
@@ -142,7 +142,7 @@ class Connection:
 
     async def _follow(self, link: Link, listener: Listener) -> str:
         """Hear the link out; why it ended. Raises LinkError or ProtocolError."""
-        listener.connected(link.head_record)
+        await listener.connected(link)
         while not self._renew:
             self._changed.clear()
             hearing = asyncio.create_task(self._hear(link, listener, observing=self._observing))
@@ -163,7 +163,7 @@ class Connection:
             async for event in events:
                 self._wait_s = BACKOFF_S_MIN
                 if isinstance(event, RoundOpened | RoundClosed):
-                    listener.heard(event)
+                    await listener.heard(link, event)
 
     async def _again(self) -> Link | None:
         """Try until there is a new link; None when it is time to leave, or to try at once from the beginning."""

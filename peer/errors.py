@@ -41,6 +41,7 @@ class UserCode(IntEnum):
     BAD_FILE = 819
     BAD_ARGUMENT = 820
     PROGRAM_DIED = 821
+    TOO_SLOW = 822
     # 9xx reaching others
     UNREACHABLE = 901
     UNKNOWN_HOST = 902

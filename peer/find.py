@@ -20,7 +20,7 @@ from typing import Self
 
 import structlog
 
-from peer.net.directory import Directory, DirectoryError, StaticDirectory, open_directory
+from peer.net.directory import Directory, DirectoryError, DirectoryHealth, StaticDirectory, open_directory
 from peer.net.errors import LinkError, LinkFailure
 from peer.net.link import Link
 from peer.store import Home, atomic_write
@@ -312,6 +312,10 @@ class Finder:
                 self._saw(bytes.fromhex(known["head"]))
 
     # The directory
+
+    async def directory_health(self) -> DirectoryHealth:
+        """How the directory is doing now."""
+        return await self._directory.health()
 
     async def peer_places(self) -> list[Place]:
         """Where peers offer to others what they hold, as themselves; nobody vouches for them."""

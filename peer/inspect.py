@@ -13,12 +13,21 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from peer.amendments import describe
 from peer.errors import UserCode, UserError, os_errors
+from protocol.amendment import Amendment
 from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey, leaf_hash, merkle_root_of_hashes
 from protocol.invite import Invite
 from protocol.ledger import RoundRecord, check_record
-from protocol.limits import CONTRIBUTORS_MAX, INVITE_CHARS_MAX, PIECE_BYTES, RECORD_BYTES_MAX, RUN_BYTES_MAX
+from protocol.limits import (
+    AMENDMENT_BYTES_MAX,
+    CONTRIBUTORS_MAX,
+    INVITE_CHARS_MAX,
+    PIECE_BYTES,
+    RECORD_BYTES_MAX,
+    RUN_BYTES_MAX,
+)
 from protocol.packet import PACKET_HEADER_BYTES, PacketHeader, check_packet
 from protocol.run import RunConfig, SignedRun
 from protocol.update import UPDATE_HEADER_BYTES, UpdateHeader, check_update
@@ -30,7 +39,8 @@ SUMMARY_BYTES_MAX = 1 << 20
 _PACKET = b"SLPK"
 _KEY_WORD = b"sparseloco-peer-key-1"
 _OTHER = (
-    "name a run.bin, packet, update, bundle, record, invite, key, state (.safetensors), token shard or summary.json"
+    "name a run.bin, packet, update, bundle, record, amendment, invite, key, state (.safetensors), token shard or"
+    " summary.json"
 )
 
 
@@ -173,9 +183,11 @@ def _record(file: Path, size: int, run: RunConfig | None) -> list[str]:
         f"previous      {record.previous.hex()}",
         f"state root    {record.state_root.hex()}",
         f"update        {record.update_digest.hex()}",
+        f"amendment     {record.amendment.hex()}",
         f"opened        {_time(record.opened_ms)}",
         f"closed        {_time(record.closed_ms)}",
         f"aggregator    {record.aggregator.hex()}",
+        *_evaluated(record),
         f"entries       {len(record.entries)}",
         *(
             f"  {entry.verdict.name.lower():8} peer {entry.peer.hex()[:16]} packet {entry.packet_digest.hex()[:16]} "
@@ -183,6 +195,26 @@ def _record(file: Path, size: int, run: RunConfig | None) -> list[str]:
             f"weight {entry.weight} clip {entry.clip}"
             for entry in record.entries
         ),
+    ]
+
+
+def _evaluated(record: RoundRecord) -> list[str]:
+    if not record.loss_micronats:
+        return []
+    return [f"loss          {record.loss_micronats / 1e6:.6f} nats a token after round {record.evaluated_round}"]
+
+
+def _amendment(file: Path, size: int, run: RunConfig | None) -> list[str]:
+    data = _bytes_of(file, size, AMENDMENT_BYTES_MAX, "an amendment")
+    if run is None:
+        remedy = "name the run with --run run.bin: the signature in it is checked against the run's operator"
+        raise UserError(UserCode.BAD_ARGUMENT, f"{file} is an amendment of some run", remedy)
+    amendment = Amendment.from_bytes(data, run)
+    return [
+        f"amendment {amendment.number}, {size:,} bytes, signature valid",
+        f"digest        {amendment.digest.hex()}",
+        f"previous      {amendment.previous.hex()}",
+        f"says          {describe(amendment)}",
     ]
 
 
@@ -275,5 +307,6 @@ _BINARY: dict[bytes, Callable[[Path, int, RunConfig | None], list[str]]] = {
     _PACKET: _packet,
     b"SLUP": _update,
     b"SLRR": _record,
+    b"SLAM": _amendment,
     b"SLTK": _shard,
 }

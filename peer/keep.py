@@ -92,6 +92,8 @@ def save(path: Path, replica: Replica, record: RoundRecord, wire: bytes | None, 
 def load(path: Path, replica: Replica) -> Kept | None:
     """Continue from what `save` stored, or do nothing and return None where nothing is. Raises UserError.
 
+    The replica has the settings of the round after `stored_record`, in which its packet was made.
+
     The checksum leaves the outer parameters out: their root says what they are, and others have them too.
     """
     if not path.exists():
@@ -115,6 +117,17 @@ def load(path: Path, replica: Replica) -> Kept | None:
                 f"delete {path} and start the same command again: the peer then begins with an empty residual",
             ) from error
     return Kept(record, root, packet)
+
+
+def stored_record(path: Path, run: RunConfig) -> RoundRecord | None:
+    """The record that a stored replica belongs to, or None. What is wrong with the file shows when it is loaded."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = RoundRecord.from_bytes(_bytes(file.get_tensor("record")))
+        check_record(record, run)
+    except (SafetensorError, ProtocolError, OSError):
+        return None
+    return record
 
 
 def forget(path: Path) -> None:

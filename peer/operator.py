@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from peer.errors import UserCode, UserError, os_errors
 from peer.find import DHT_TTL_S, remember_ads, sign_ad
 from peer.journal import RecordRow
-from peer.net.directory import bootstrap_multiaddr
+from peer.net.directory import bootstrap_multiaddr, tcp_multiaddr
 from peer.net.tls import TlsIdentity, make_tls_identity
 from peer.store import Home, atomic_write, load_or_make_key
 from protocol.errors import ProtocolError
@@ -167,6 +167,30 @@ def new_run(settings: RunSettings, out: Path, place: RunPlace, data: Path | None
     for each in (*standbys, folder):
         atomic_write(each.path / "run.bin", signed.to_bytes())
     return invites[0]
+
+
+def move(folder: OperatorFolder, host: str | None, port: int | None, bootstrap_port: int | None) -> Invite:
+    """Let the run's invite name another place, and return it; what is None stays. Raises UserError BAD_ARGUMENT."""
+    _, invite = folder.load()
+    old_host, _, old_port = invite.addresses[0].rpartition(":")
+    bootstraps = tuple(_moved(text, host, bootstrap_port) for text in invite.bootstraps)
+    place = RunPlace(host or old_host, int(old_port) if port is None else port, _bootstrap_port(bootstraps))
+    moved = dataclasses.replace(invite, addresses=(f"{place.host}:{place.port}",), bootstraps=bootstraps)
+    if moved != invite:
+        atomic_write(folder.invite_path, moved.to_text().encode("ascii") + b"\n")
+    return moved
+
+
+def _moved(bootstrap: str, host: str | None, port: int | None) -> str:
+    """A bootstrap's multiaddr, "/dns4/HOST/tcp/PORT/p2p/NAME", with another host or port."""
+    _, _, name = bootstrap.rpartition("/")
+    parts = bootstrap.split("/")
+    place = RunPlace(host or parts[2], 1, int(parts[4]) if port is None else port)
+    return f"{tcp_multiaddr(place.host, place.bootstrap_port)}/p2p/{name}"
+
+
+def _bootstrap_port(bootstraps: tuple[str, ...]) -> int:
+    return int(bootstraps[0].split("/")[4]) if bootstraps else 1
 
 
 def _ad_of(invite: Invite, key: PrivateKey, genesis: RoundRecord) -> bytes:

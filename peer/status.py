@@ -1,18 +1,21 @@
 """`sparseloco-peer status`: the chain of a run at a glance, from a folder that holds it or from a living aggregator."""
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from peer.amendments import describe, fetched_amendments, stored_amendments
 from peer.connection import as_user_error
 from peer.errors import UserCode, UserError
 from peer.find import Finder
 from peer.net.errors import LinkError
 from peer.store import Home
 from peer.stored import Stored, find_stores
+from protocol.amendment import Amendments
 from protocol.identity import PrivateKey
 from protocol.invite import Invite
 from protocol.ledger import Kind, RoundRecord, Verdict, check_record
@@ -65,6 +68,11 @@ class Chain:
     aggregator: str
     closed_ms: int
     state_root: str
+    loss: float | None
+    """Validation loss, nats a token, of the state after round `loss_round`; None when these rounds say nothing."""
+    loss_round: int | None
+    amendments: tuple[str, ...]
+    """What the operator changed, oldest first."""
     last: tuple[RoundLine, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -78,6 +86,8 @@ class Chain:
             f"run {self.run} ({self.run_id[:16]}) as {self.source} has it",
             f"round {self.head} of {self.rounds}, epoch {self.epoch}, closed {closed}",
             f"signed by {self.aggregator[:16]}, state root {self.state_root}",
+            *([] if self.loss is None else [f"validation loss {self.loss:.4f} after round {self.loss_round}"]),
+            *(f"amended: {text}" for text in self.amendments),
             "",
             _TITLE,
             *(line.text() for line in self.last),
@@ -109,7 +119,8 @@ def _chain_of_store(store: Stored, count: int) -> Chain:
             packets = sum(blobs.size("packet", entry.packet_digest.hex()) for entry in record.entries)
             records.append(record)
             lines.append(_line(record, packets, blobs.size("update", record.update_digest.hex())))
-    return _chain(str(store.path), run, records[-1], lines)
+    amendments = stored_amendments(store.blobs, Amendments(run), records[-1].amendment)
+    return _chain(str(store.path), amendments, records, lines)
 
 
 async def status_of_run(invite_text: str, count: int, *, plaintext: bool = False) -> Chain:
@@ -127,12 +138,17 @@ async def status_of_run(invite_text: str, count: int, *, plaintext: bool = False
                 while len(records) < count and records[-1].kind != Kind.GENESIS:
                     data = await link.fetch("record", records[-1].previous, size_max=RECORD_BYTES_MAX)
                     records.append(_checked(data, run))
+
+                async def fetch(kind: str, digest: bytes, size_max: int) -> bytes:
+                    return await link.fetch(kind, digest, size_max=size_max)
+
+                amendments = await fetched_amendments(Amendments(run), records[0].amendment, fetch, None)
         except LinkError as error:
             raise as_user_error(error) from error
         finally:
             await finder.close()
     lines = [_line(record, None, None) for record in reversed(records)]
-    return _chain(f"the aggregator at {link.address}", run, records[0], lines)
+    return _chain(f"the aggregator at {link.address}", amendments, records[::-1], lines)
 
 
 def _checked(data: bytes, run: RunConfig) -> RoundRecord:
@@ -141,7 +157,11 @@ def _checked(data: bytes, run: RunConfig) -> RoundRecord:
     return record
 
 
-def _chain(source: str, run: RunConfig, head: RoundRecord, lines: list[RoundLine]) -> Chain:
+def _chain(source: str, amendments: Amendments, records: Sequence[RoundRecord], lines: list[RoundLine]) -> Chain:
+    """Sum up records, oldest first, of which the last one names these amendments."""
+    run, head = amendments.config_at(records[-1].round + 1), records[-1]
+    evaluated = [(record.loss_micronats / 1e6, record.evaluated_round) for record in records if record.loss_micronats]
+    loss, loss_round = evaluated[-1] if evaluated else (None, None)
     return Chain(
         source,
         run.name,
@@ -152,6 +172,9 @@ def _chain(source: str, run: RunConfig, head: RoundRecord, lines: list[RoundLine
         head.aggregator.hex(),
         head.closed_ms,
         head.state_root.hex(),
+        loss,
+        loss_round,
+        tuple(describe(amendment) for amendment in amendments.chain),
         tuple(lines),
     )
 

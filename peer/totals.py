@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 @dataclass
 class Totals:
-    """Counts of one life of a peer. `began_s` is when it first trained; `loss` is its last round's, nats a token."""
+    """Counts of one life of a peer.
+
+    `began_s` is when it first trained, `loss` that of its last round in nats a token, `learning_rate` its last step's.
+    """
 
     rounds: int = 0
     accepted: int = 0
@@ -17,6 +20,7 @@ class Totals:
     inner_s: float = 0.0
     began_s: float | None = None
     loss: float | None = None
+    learning_rate: float | None = None
 
     def facts(self) -> dict[str, int | float | None]:
         """What is told at the end."""

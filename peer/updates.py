@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import structlog
 
+from peer.amendments import AmendedRun
 from peer.connection import Connection
 from peer.merge import accepted, sections_of_bundle, sections_of_update
 from peer.net.messages import RoundClosed
 from protocol.errors import ProtocolError
 from protocol.identity import NO_DIGEST
 from protocol.ledger import RoundRecord
-from protocol.run import RunConfig
 from protocol.wire import bundle_bytes_max, update_wire_bytes_max
 
 log = structlog.get_logger()
@@ -41,8 +41,8 @@ class _Offer:
 class Updates:
     """Fetches updates over the connection, at most one of them beforehand."""
 
-    def __init__(self, run: RunConfig, connection: Connection) -> None:
-        self._run, self._connection = run, connection
+    def __init__(self, amended: AmendedRun, connection: Connection) -> None:
+        self._amended, self._connection = amended, connection
         self._offer: _Offer | None = None
         self._prefetched: tuple[bytes, asyncio.Task[Fetched]] | None = None
         self.update_bytes = 0
@@ -58,9 +58,10 @@ class Updates:
 
     def note(self, event: RoundClosed, record: RoundRecord) -> None:
         """Note the bundle that saves bytes, if one does whose packets fit into the memory that an update may need."""
-        size_max = bundle_bytes_max(self._run, len(accepted(record.entries)))
+        run = self._amended.settings(record.round)
+        size_max = bundle_bytes_max(run, len(accepted(record.entries)))
         smaller = 0 < event.bundle_bytes < event.update_bytes and event.bundle_bytes <= size_max
-        fits = size_max <= update_wire_bytes_max(self._run)
+        fits = size_max <= update_wire_bytes_max(run)
         self._offer = _Offer(record.digest, event.bundle_bytes) if smaller and fits else None
 
     async def prefetch(self, record: RoundRecord, base_root: bytes) -> None:
@@ -82,10 +83,11 @@ class Updates:
         return await self._bundle(record, base_root) or await self._update(record)
 
     async def _update(self, record: RoundRecord) -> Fetched:
-        limit = update_wire_bytes_max(self._run)
+        run = self._amended.settings(record.round)
+        limit = update_wire_bytes_max(run)
         data = await self._connection.link.fetch("update", record.update_digest, size_max=limit)
         self.update_bytes += len(data)
-        return Fetched("update", len(data), await asyncio.to_thread(sections_of_update, data, record, self._run))
+        return Fetched("update", len(data), await asyncio.to_thread(sections_of_update, data, record, run))
 
     async def _bundle(self, record: RoundRecord, base_root: bytes) -> Fetched | None:
         """Merge the round's packets where they are smaller than their update; None where that does not work out."""
@@ -95,7 +97,8 @@ class Updates:
         try:
             data = await self._connection.link.fetch("bundle", record.digest, size_max=offer.size)
             self.bundle_bytes += len(data)
-            sections = await asyncio.to_thread(sections_of_bundle, data, record, base_root, self._run)
+            run = self._amended.settings(record.round)
+            sections = await asyncio.to_thread(sections_of_bundle, data, record, base_root, run)
             return Fetched("bundle", len(data), sections)
         except ProtocolError as error:
             log.warning("the bundle is no good, so the update is fetched", round=record.round, why=str(error))

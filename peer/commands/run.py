@@ -4,12 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from peer.commands.actions import add_actions
 from peer.commands.options import AddParser
 
 
 def add(add_parser: AddParser) -> None:
     """Add `run` and its actions."""
-    run = add_parser("run", help="make a run of your own").add_subparsers(required=True, metavar="ACTION")
+    run = add_parser("run", help="make and steer a run of your own").add_subparsers(required=True, metavar="ACTION")
+    add_actions(run.add_parser)
     new = run.add_parser("new", help="make keys, sign the run and print its invite")
     new.add_argument("settings", type=Path, metavar="RUN.toml")
     new.add_argument("--out", type=Path, required=True, help="folder to make")

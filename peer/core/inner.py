@@ -54,6 +54,20 @@ class InnerOptimizer:
             step = torch.zeros((), device=device)
             self._adam.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
+    @property
+    def learning_rate(self) -> float:
+        """That of the last step."""
+        rate: float = self._adam.param_groups[0]["lr"]
+        return rate
+
+    def change(self, config: InnerConfig, total_steps: int) -> None:
+        """Go on with other settings; the moments and the steps that they have seen stay."""
+        self.config, self.total_steps = config, total_steps
+        matrices, others = self._adam.param_groups
+        matrices["weight_decay"] = config.weight_decay
+        for group in (matrices, others):
+            group.update(betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps)
+
     def step(self, tokens: Tensor, step: int, micro_batch: int) -> float:  # i64[B, T + 1] on the CPU
         """Do inner step `step` of the run on one batch and return its mean loss in nats a token.
 

@@ -69,6 +69,13 @@ class Replica:
         self._ahead = False
         self.load_outer(initial_state(run.model))
 
+    def change(self, run: RunConfig) -> None:
+        """Go on with other settings of the same run, as amendments made them. Parameters and moments stay."""
+        assert run.run_id == self.run.run_id, "what is amended keeps its run_id"
+        if run is not self.run:
+            self.run = run
+            self.inner.change(run.inner, run.inner.steps * run.outer.rounds)
+
     def load_outer(self, state: NDArray[np.float32]) -> bytes:  # f32[N]
         """Adopt outer parameters, start the local ones from them and return their state root."""
         assert state.dtype == np.float32 and state.shape == (self.run.layout.size,)

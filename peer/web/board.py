@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from peer.amendments import stored_amendments
 from peer.errors import UserCode, UserError
 from peer.journal import PacketRow
 from peer.stored import Stored, find_stores
@@ -271,8 +272,6 @@ class Board:
             self._losses = self._losses[1::2]
 
     def _chain(self, record: RoundRecord) -> Amendments:
-        from peer.amendments import stored_amendments  # noqa: PLC0415 - needed only where somebody amended the run
-
         try:
             return stored_amendments(self._store.blobs, self._amendments, record.amendment)
         except ProtocolError:
