@@ -118,6 +118,7 @@ class Aggregator:
             returning=self._contributors(),
         )
         self._opened_ms, self._opened_s = now_ms(), self._loop.time()
+        self._closed_ms = self._opened_ms
         if self.head.round >= self.run.outer.rounds:
             self.finished.set()
         else:
@@ -260,8 +261,8 @@ class Aggregator:
                     self._timer = self._loop.call_at(effect.at_s, self._tick)
                 case Close():
                     # The wall clock may jump while a round is open, and peers learn from how long rounds take.
-                    closed_ms = self._opened_ms + round(1000 * (self._loop.time() - self._opened_s))
-                    task = self._loop.create_task(self._close_round(effect, closed_ms))
+                    self._closed_ms = self._opened_ms + round(1000 * (self._loop.time() - self._opened_s))
+                    task = self._loop.create_task(self._close_round(effect))
                     self._tasks.add(task)
                     task.add_done_callback(self._closed_task)
         return receipts
@@ -276,8 +277,8 @@ class Aggregator:
         if error is not None and not isinstance(error, SupersededError) and not self.failed.done():
             self.failed.set_exception(error)
 
-    async def _close_round(self, close: Close, closed_ms: int) -> None:
-        record, state = await asyncio.to_thread(self._settle, close, closed_ms)
+    async def _close_round(self, close: Close) -> None:
+        record, state = await asyncio.to_thread(self._settle, close)
         self.head = record
         if state is not self._states[-1]:
             self._states.append(state)
@@ -343,7 +344,7 @@ class Aggregator:
         self._folder.journal.add_packet(row)
         return header
 
-    def _settle(self, close: Close, closed_ms: int) -> tuple[RoundRecord, HeldState]:
+    def _settle(self, close: Close) -> tuple[RoundRecord, HeldState]:
         """Merge, apply, write the update, the record and now and then the state; all durable on return."""
         state, update_digest = self._states[-1], NO_DIGEST
         entries = tuple(self._entry(submission) for submission in close.submissions)
@@ -362,7 +363,7 @@ class Aggregator:
                 state_root=state.root,
                 update_digest=update_digest,
                 opened_ms=self._opened_ms,
-                closed_ms=closed_ms,
+                closed_ms=self._closed_ms,
                 entries=entries,
             ),
             self._key,
