@@ -55,6 +55,13 @@ class Checkpoint:
     head: RoundRecord | None = None
     contributors: dict[bytes, Contribution] = field(default_factory=dict)
     evaluated: tuple[int, float] | None = None
+    amendments: Amendments | None = None
+
+    @property
+    def rounds(self) -> int:
+        """After how many rounds the run ends, as far as is known."""
+        run = self.run if self.amendments is None else self.amendments.config_at(self.round + 1)
+        return run.outer.rounds
 
 
 def open_checkpoint(source: Path, round: int | None = None) -> Checkpoint:
@@ -130,7 +137,9 @@ def _from_ledger(store: Stored, run: RunConfig, round: int) -> Checkpoint:
                 given = contributors.setdefault(entry.peer, Contribution())
                 given.rounds += 1
                 given.tokens += entry.tokens
-    return Checkpoint(run, round, _state_after(store, run, way), store.path, way[0], contributors, evaluated)
+    amendments = stored_amendments(store.blobs, Amendments(run), way[0].amendment)
+    flat = _state_after(store, run, way)
+    return Checkpoint(run, round, flat, store.path, way[0], contributors, evaluated, amendments)
 
 
 def _way(records: Sequence[RoundRecord]) -> list[RoundRecord]:

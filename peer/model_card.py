@@ -5,6 +5,7 @@ import json
 import math
 from datetime import UTC, datetime
 
+from peer.amendments import describe
 from peer.checkpoint import Checkpoint
 from protocol.run import RunConfig, RunSettings
 
@@ -49,7 +50,7 @@ recompute it from the packets of the contributors with `sparseloco-peer audit`.
 ```toml
 {settings}
 ```
-"""
+{amendments}"""
 
 
 def model_card(checkpoint: Checkpoint, licence: str) -> str:
@@ -65,12 +66,13 @@ def model_card(checkpoint: Checkpoint, licence: str) -> str:
         peers=f"{count} peer{'s' * (count != 1)}" if count else "volunteers",
         steps=run.inner.steps,
         round=checkpoint.round,
-        rounds=run.outer.rounds,
+        rounds=checkpoint.rounds,
         loss=_loss(checkpoint),
         origin="\n".join(f"| {name} | {value} |" for name, value in _origin(checkpoint)),
         data=_data(run),
         contributors=_contributors(checkpoint),
         settings=_settings(run),
+        amendments=_amendments(checkpoint),
     )
     return f"{head}\ntags:\n- sparseloco\n- llama\n---\n\n{body}"
 
@@ -114,6 +116,14 @@ def _contributors(checkpoint: Checkpoint) -> str:
     more = len(given) - len(rows)
     table = ["Keys of the peers whose packets were merged.\n", "| key | rounds | tokens |", "|---|---|---|", *rows]
     return "\n".join([*table, f"\nand {more:,} more"] if more else table)
+
+
+def _amendments(checkpoint: Checkpoint) -> str:
+    chain = () if checkpoint.amendments is None else checkpoint.amendments.chain
+    if not chain:
+        return ""
+    rows = "\n".join(f"- {describe(amendment)}" for amendment in chain)
+    return f"\nThe operator amended them while the run went on:\n\n{rows}\n"
 
 
 def _settings(run: RunConfig) -> str:

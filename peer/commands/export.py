@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from peer.commands.options import AddParser, add_json, until_stopped
 from peer.errors import UserCode, UserError
 from peer.telemetry import Telemetry
+from protocol.errors import ProtocolError
 
 if TYPE_CHECKING:
     import torch
@@ -82,10 +83,8 @@ def _write(arguments: argparse.Namespace) -> bool:
     checkpoint = open_checkpoint(arguments.source, arguments.round)
     tokenizer = tokenizer_of(checkpoint.run, arguments.tokenizer)
     export_checkpoint(checkpoint, arguments.out, tokenizer, arguments.license)
-    structlog.get_logger().info(
-        "exported", round=checkpoint.round, of=checkpoint.run.outer.rounds, folder=arguments.out
-    )
-    return checkpoint.round >= checkpoint.run.outer.rounds
+    structlog.get_logger().info("exported", round=checkpoint.round, of=checkpoint.rounds, folder=arguments.out)
+    return checkpoint.round >= checkpoint.rounds
 
 
 async def _follow(arguments: argparse.Namespace, stop: asyncio.Event) -> None:
@@ -108,7 +107,7 @@ async def _follow(arguments: argparse.Namespace, stop: asyncio.Event) -> None:
             done = exported_round(arguments.out)
             if newest >= done + (1 if last else every):
                 over = await asyncio.to_thread(_write, arguments)
-        except UserError as error:
+        except (UserError, ProtocolError) as error:
             # An aggregator deletes old states while we read; the next look sees newer ones. A full disk may be freed.
             log.warning("will try again", why=str(error))
 

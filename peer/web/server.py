@@ -136,12 +136,12 @@ class Dashboard:
             while True:
                 try:
                     self._view = await reader.read()
+                    news = self._news()
                     self._healthy = True
-                except (UserError, ProtocolError) as error:
+                except (UserError, ProtocolError, OSError) as error:
                     if self._healthy:
                         log.warning("the dashboard cannot read the ledger", why=str(error))
-                    self._healthy = False
-                news = self._news()
+                    self._healthy, news = False, told
                 if news != told:
                     told = news
                     self._tell()

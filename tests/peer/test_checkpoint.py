@@ -25,7 +25,8 @@ from peer.core.replica import Replica, initial_state
 from peer.data.tokenizer import ByteTokenizer
 from peer.errors import UserError
 from peer.export import Model, exported_round, open_export
-from peer.store import Home
+from peer.store import Home, load_key
+from protocol.amendment import Amendments, ChangeSettings, sign_amendment
 from protocol.identity import NO_DIGEST
 from protocol.layout import state_root
 from protocol.ledger import CloseReason, Kind, RoundRecord, sign_record
@@ -162,17 +163,22 @@ def test_the_card_says_where_the_model_comes_from(story: Story, tmp_path: Path) 
     assert exported_round(out) == ROUNDS
 
 
-def test_the_card_has_the_loss_where_the_ledger_has_one(tmp_path: Path) -> None:
+def test_the_card_has_the_loss_and_the_amendments_of_the_ledger(tmp_path: Path) -> None:
     story = Story(tmp_path / "run", rounds=2)
     maker = story.maker
     measured = dataclasses.replace(maker.record, evaluated_round=1, loss_micronats=2_345_678)
     record = dataclasses.replace(measured, round=3, previous=maker.record.digest, kind=Kind.NULL)
+    longer = Amendments(maker.run).draft(ChangeSettings({"outer.rounds": 40}), 4)
+    amendment = sign_amendment(longer, load_key(story.folder / "operator.key"))
+    maker.store.blobs.put("amendment", amendment.digest.hex(), amendment.to_bytes())
     record = dataclasses.replace(record, reason=CloseReason.DEADLINE, update_digest=NO_DIGEST, entries=())
+    record = dataclasses.replace(record, amendment=amendment.digest)
     maker.append(sign_record(record, maker.key))
     maker.store.close()
     assert main(["export", str(story.folder), "--out", str(tmp_path / "model")]) == 0
     card = (tmp_path / "model" / "README.md").read_text()
     assert "validation loss after round 1 was 2.3457 nats (3.3841 bits) a token" in card
+    assert "after round 3 of 40" in card and "- from round 4 on outer.rounds = 40" in card
 
 
 def test_only_an_export_of_the_same_run_is_written_over(
