@@ -46,6 +46,7 @@ class Proxy:
         self.down_bytes = 0
         self._server: asyncio.Server | None = None
         self._live: set[_Connection] = set()
+        self._serving: set[asyncio.Task[None]] = set()
 
     async def start(self, port: int = 0) -> Self:
         """Listen; 0 takes a free port."""
@@ -58,6 +59,10 @@ class Proxy:
         assert self._server is not None, "a proxy is started before it is closed"
         self._server.close()
         self.cut_all()
+        # One that is stalled or throttled would sleep on.
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
         await self._server.wait_closed()
 
     async def __aenter__(self) -> Self:
@@ -72,6 +77,10 @@ class Proxy:
             connection.cut()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "a server runs this in a task"
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
         self.connections += 1
         if self.faults.refuse:
             writer.transport.abort()

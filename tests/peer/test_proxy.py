@@ -68,6 +68,17 @@ async def test_a_stalled_link_goes_on_when_it_is_healed() -> None:
         assert await reading == DATA
 
 
+async def test_a_stalled_link_ends_with_its_proxy() -> None:
+    before = asyncio.all_tasks()
+    async with talker() as port:
+        async with Proxy(port, Faults(stall_after_bytes=5000)) as proxy:
+            reading = asyncio.create_task(received(proxy.port))
+            while proxy.down_bytes < 5000:  # noqa: ASYNC110  the proxy counts, it does not call
+                await asyncio.sleep(0.01)
+        assert len(await reading) <= 5000
+    assert asyncio.all_tasks() == before
+
+
 async def test_a_throttled_link_takes_its_time() -> None:
     async with talker() as port, Proxy(port, Faults(bytes_per_s=1e6)) as proxy:
         began_s = asyncio.get_running_loop().time()
