@@ -598,6 +598,8 @@ class Client:
         try:
             self._replica.absorb()
         except ValueError as error:
+            # Steps ahead that diverged must not be carried over to the next outer parameters.
+            self._replica.abandon()
             log.warning("alarm", why=str(error))
             return
         try:
