@@ -29,7 +29,7 @@ from protocol.amendment import (
     Unban,
     sign_amendment,
 )
-from protocol.errors import ProtocolError
+from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey
 from protocol.invite import Invite
 from protocol.ledger import Kind, RoundRecord, Verdict, check_record
@@ -37,6 +37,7 @@ from protocol.limits import RECORD_BYTES_MAX, ROUND_MAX
 from protocol.run import RunConfig, Setting, kind_of_setting
 
 RECENT_ROUNDS = 20  # in which peers are looked for
+TRIES = 5  # a round may close between the look at the run and the amendment
 OTHERS_S = 5.0  # how long another aggregator may take to answer
 
 _WHO = {
@@ -139,12 +140,13 @@ async def amend(folder: OperatorFolder, wish: Wish, *, dry_run: bool = False, pl
         try:
             async with await _connect(finder, plaintext=plaintext) as link:
                 situation = await look(link, run)
-                amendment = sign_amendment(draft(situation, wish), key)
-                changed = situation.amendments.bring_in(amendment, situation.next_record)
-                lines = explain(situation, amendment, changed)
+                amendment, lines = _write(situation, wish, key)
                 if dry_run:
-                    return [*lines, "", "this is a dry run: nothing was signed or sent"]
-                await link.amend(amendment.to_bytes())
+                    return [*lines, "", "this is a dry run: nothing was sent"]
+                tries = 1
+                while not await _bring(link, amendment, situation, last=tries == TRIES):
+                    situation, tries = await look(link, run), tries + 1
+                    amendment, lines = _write(situation, wish, key)
                 told = []
                 if len(run.aggregators) > 1:
                     told = await _tell_others(finder, link, amendment, plaintext=plaintext)
@@ -154,6 +156,24 @@ async def amend(folder: OperatorFolder, wish: Wish, *, dry_run: bool = False, pl
             await finder.close()
     lines.append(f"{link.address} has it, and the record of round {situation.next_record} will name it")
     return [*lines, *told]
+
+
+def _write(situation: Situation, wish: Wish, key: PrivateKey) -> tuple[Amendment, list[str]]:
+    """The signed amendment, and what it means."""
+    amendment = sign_amendment(draft(situation, wish), key)
+    changed = situation.amendments.bring_in(amendment, situation.next_record)
+    return amendment, explain(situation, amendment, changed)
+
+
+async def _bring(link: Link, amendment: Amendment, situation: Situation, *, last: bool) -> bool:
+    """Bring it to the aggregator; False when a round has closed meanwhile, so that another one has to be written."""
+    try:
+        await link.amend(amendment.to_bytes())
+    except ProtocolError as error:
+        if last or error.code != Code.BAD_AMENDMENT or (await link.amend()).round == situation.next_record:
+            raise
+        return False
+    return True
 
 
 def _finder(folder: OperatorFolder, run: RunConfig, invite: Invite, temporary: Path) -> Finder:
@@ -197,14 +217,15 @@ async def look(link: Link, run: RunConfig) -> Situation:
     async def fetch(kind: str, digest: bytes, size_max: int) -> bytes:
         return await link.fetch(kind, digest, size_max=size_max)
 
-    known = await link.amend()
-    amendments = await fetched_amendments(Amendments(run), known.newest, fetch, None)
     records = [RoundRecord.from_bytes(link.head_record)]
     check_record(records[0], run)
     while len(records) < RECENT_ROUNDS and records[-1].kind != Kind.GENESIS:
         record = RoundRecord.from_bytes(await fetch("record", records[-1].previous, RECORD_BYTES_MAX))
         check_record(record, run)
         records.append(record)
+    # Last, for a round may close at any moment.
+    known = await link.amend()
+    amendments = await fetched_amendments(Amendments(run), known.newest, fetch, None)
     return Situation(run, amendments, known.round, tuple(records))
 
 
