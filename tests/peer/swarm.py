@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -41,10 +42,15 @@ Event = dict[str, Any]
 
 
 def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on, below those that the system gives to whoever connects meanwhile."""
+    while True:
+        port = secrets.choice(range(20_000, 32_000))
+        with closing(socket.socket()) as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def run_cli(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
