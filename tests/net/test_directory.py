@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from protocol.errors import Code, ProtocolError
 from protocol.identity import PrivateKey
 from protocol.records import Ad, DhtKind, aggregators_key, make_dht_record, peers_key
 from tests.net.room import until
+from tests.peer.swarm import free_port
 
 daemon_module: Any = pytest.importorskip("hivemind.p2p.p2p_daemon", reason="hivemind has no wheel here")
 DHTNode: Any = pytest.importorskip("hivemind.dht.node").DHTNode
@@ -37,13 +37,6 @@ pytestmark = pytest.mark.net
 
 RUN = bytes(range(32))
 BOOT = PrivateKey.from_bytes(b"b" * 32)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def record(key: PrivateKey, ttl_s: int = 120, *, kind: DhtKind = DhtKind.AGGREGATOR) -> tuple[bytes, bytes, bytes, int]:
