@@ -527,7 +527,7 @@ class Client:
             if effect.ahead:
                 self._replica.begin_ahead()
             elif not effect.done:
-                self._replica.abandon()  # steps ahead that no longer count, after an amendment or a rollback
+                self._replica.drop_ahead()
             return self._trainer.train(effect.round, batches, self._stop_inner, on_step, effect.done)
 
         trained = Trained(0, 0, float("nan"))

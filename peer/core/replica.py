@@ -122,6 +122,11 @@ class Replica:
         self._start.copy_(self.flat.values)
         self._ahead = True
 
+    def drop_ahead(self) -> None:
+        """Throw away steps ahead that no longer count, after an amendment or a rollback."""
+        if self._ahead:
+            self.abandon()
+
     def abandon(self) -> None:
         """Throw away the inner steps that no contribution has taken, and start again from the outer parameters."""
         self._ahead = False
