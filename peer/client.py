@@ -629,7 +629,10 @@ class Client:
 
     def _applied(self, record: RoundRecord, root: bytes) -> Applied:
         """The parameters are those after a record's round; the next one may go by other settings."""
-        return Applied(record.round, root, self._amended.settings(record.round + 1))
+        run, before = self._amended.settings(record.round + 1), self._machine.run
+        if (run.outer.rounds, run.inner.steps) != (before.outer.rounds, before.inner.steps):
+            self._view.begin(run.name, run.outer.rounds, run.inner.steps)
+        return Applied(record.round, root, run)
 
     async def _prefetch(self, record: RoundRecord) -> ReplicaEvent:
         await self._updates.prefetch(record, self._base_root())

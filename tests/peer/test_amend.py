@@ -13,6 +13,7 @@ import pytest
 
 from peer.aggregator import Aggregator
 from peer.amend import Wish, amend, parse_setting, parse_settings
+from peer.amendments import AmendedRun
 from peer.audit import audit
 from peer.audit_report import Report
 from peer.cli import main
@@ -23,7 +24,7 @@ from peer.net.service import serve
 from peer.operator import OperatorFolder, RunPlace, new_run
 from peer.standby import Copy
 from peer.status import status_of_folder
-from peer.store import Home, RunFolder, load_key
+from peer.store import BlobStore, Home, RunFolder, load_key
 from protocol.amendment import (
     Action,
     Amendment,
@@ -40,8 +41,8 @@ from protocol.compress import compress
 from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST, PrivateKey
 from protocol.invite import Invite
-from protocol.ledger import Kind, RoundRecord, Verdict
-from protocol.limits import AMENDMENTS_PER_RECORD_MAX
+from protocol.ledger import CloseReason, Entry, Kind, RoundRecord, Verdict, sign_record
+from protocol.limits import AMENDMENTS_PER_RECORD_MAX, CLIP_ONE
 from protocol.packet import Packet, make_packet
 from protocol.packing import encode_section
 from protocol.run import RunConfig, sign_run
@@ -306,7 +307,7 @@ async def test_amended_rounds_end_the_run_where_they_say(house: House) -> None:
     assert house.audited().passed and status_of_folder(house.path, 1).rounds == 3
 
 
-async def test_a_mirror_follows_amendments_and_refuses_a_record_that_does_not(house: House, tmp_path: Path) -> None:
+async def test_a_mirror_follows_amendments_to_an_earlier_end(house: House, tmp_path: Path) -> None:
     run = house.run
     async with house.open() as program, house.served(program) as port:
         await close_rounds(program, 2)
@@ -345,6 +346,58 @@ async def test_a_standby_keeps_an_amendment_that_no_record_names_yet(house: Hous
     async with house.open() as program:
         assert (await close_rounds(program, 1)).amendment == amendment.digest
         assert program.round.closed, "it took over, and the pause holds"
+
+
+async def test_a_peer_refuses_records_that_do_not_keep_to_their_amendments(house: House, tmp_path: Path) -> None:
+    run, signer = house.run, load_key(house.operator.aggregator_home / "key")
+    chain = [Amendments(run)]
+    for action, round in ((Ban(PEERS[1].public), 3), (Pause(), 5), (Rollback(1), 5)):
+        chain.append(chain[-1].append(sign_amendment(chain[-1].draft(action, round), house.key)))
+    blobs = {item.digest: item.to_bytes() for item in chain[-1].chain}
+    fetched: list[bytes] = []
+
+    async def fetch(kind: str, digest: bytes, size_max: int) -> bytes:
+        assert kind == "amendment" and len(blobs[digest]) <= size_max
+        fetched.append(digest)
+        return blobs[digest]
+
+    def record(round: int, names: Amendments, previous: RoundRecord | None, *senders: PrivateKey) -> RoundRecord:
+        entries = tuple(
+            Entry(key.public, bytes(32), Verdict.ACCEPTED, 0, 256, 1, 1024, CLIP_ONE)
+            for key in sorted(senders, key=lambda key: key.public)
+        )
+        before = NO_DIGEST if previous is None else previous.digest
+        kind, reason, update = (Kind.NULL, CloseReason.DEADLINE, NO_DIGEST)
+        if senders:
+            kind, reason, update = (Kind.APPLIED, CloseReason.COMPLETE, bytes([1]) * 32)
+        head = (run.run_id, round, 0, before, kind, reason, run.genesis_root, update, 0, 1)
+        return sign_record(RoundRecord(*head, entries, names.head), signer)
+
+    async def code(amended: AmendedRun, found: RoundRecord) -> Code:
+        held = amended.amendments
+        with pytest.raises(ProtocolError) as refused:
+            await amended.learn(found, fetch)
+        assert amended.amendments is held
+        return refused.value.code
+
+    amended = AmendedRun(run, BlobStore(tmp_path / "blobs"))
+    first = record(2, chain[1], None, *PEERS)
+    await amended.learn(first, fetch)
+    assert await code(amended, record(3, chain[1], first, *PEERS)) == Code.BANNED
+    assert await code(amended, record(3, chain[0], first, PEERS[0])) == Code.BAD_AMENDMENT, "it forgets one"
+    third = record(3, chain[1], first, PEERS[0])
+    await amended.learn(third, fetch)
+    assert await code(amended, record(5, chain[2], None)) == Code.BAD_AMENDMENT, "the run is paused"
+    assert await code(amended, record(5, chain[3], third)) == Code.BAD_AMENDMENT
+    await amended.learn(record(4, chain[2], third), fetch)
+    assert len(fetched) == len(set(fetched)), "each is fetched once and then lies on the disk"
+    # A first look at the run in the middle of it.
+    late = AmendedRun(run, BlobStore(tmp_path / "late"))
+    assert await code(late, record(4, chain[2], None, PEERS[1])) == Code.BANNED
+    await late.learn(record(4, chain[2], None), fetch)
+    assert late.amendments == chain[2]
+    blobs[chain[3].head] = blobs[chain[2].head]
+    assert await code(late, record(4, chain[3], None)) == Code.WRONG_DIGEST
 
 
 # ---------------------------------------------------------------- the operator's commands
