@@ -39,8 +39,8 @@ async def test_what_is_measured_is_the_shape_of_the_line(tmp_path: Path) -> None
     async with serving(House(), tmp_path) as server, Proxy(server.port, slow) as proxy, await join(proxy.port) as link:
         line = await link.probe(1.5)
     for speed in (line.up_bytes_per_s, line.down_bytes_per_s):
-        # The line carries TLS and headers too, and a busy machine adds pauses of its own; no burst can be faster.
-        assert 20_000 < speed < 210_000
+        # The line carries TLS and headers too, and this machine adds its own pauses; no burst can be faster.
+        assert 100_000 < speed < 210_000
 
 
 class RawProbe:

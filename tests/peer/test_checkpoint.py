@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -35,14 +34,6 @@ from tests.peer.test_audit import NULL_ROUND, PEER_KEYS, ROUNDS, Maker
 
 pytestmark = pytest.mark.filterwarnings("error")
 BACK, TO = 9, 6  # the round that takes the run back, and to which one
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Story:

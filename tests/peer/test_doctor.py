@@ -4,7 +4,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
@@ -36,13 +36,6 @@ from tests.peer.swarm import Event, free_port, run_cli
 from tests.peer.test_fit import small_replica
 
 TASTE = ("--threads", "1", "--device", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def doctor_of(tmp_path: Path, **settings: Any) -> Doctor:

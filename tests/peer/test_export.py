@@ -1,5 +1,4 @@
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,6 @@ from peer.export import export_folder
 from protocol.run import InnerConfig, ModelConfig
 
 TEXT = "The union is strong — naïve ☃ text.\n\n\tTwo  spaces."
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def model_config(tie: bool, shared_heads: int) -> ModelConfig:

@@ -1,7 +1,4 @@
-import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,22 +7,14 @@ from numpy.typing import NDArray
 
 from peer.core.model import layout_of
 from peer.core.replica import Replica, initial_state
-from peer.errors import UserCode, UserError
+from peer.errors import UserCode, UserError, render
 from peer.fit import REPLICA_BYTES, Fitted, fit_micro_batch, free_bytes, out_of_memory, state_bytes
 from protocol.identity import PrivateKey
 from protocol.layout import state_root
 from protocol.run import CompressionConfig, DataConfig, InnerConfig, ModelConfig, OuterConfig, RunConfig, RunSettings
+from tests.peer.scarce import leave_memory, run_alone
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_replica(batch_size: int, sequence_length: int, device: torch.device = CPU) -> Replica:
@@ -121,53 +110,30 @@ def test_the_activations_of_a_sequence_grow_with_its_length() -> None:
     assert bytes_of[1] == pytest.approx(4 * bytes_of[0], rel=0.25)
 
 
-# A limit on the address space makes the allocator fail as a full machine does.
-_SCARCE = """
-import ctypes, resource
-import numpy as np
-import torch
-torch.set_num_threads(1)
-from peer.errors import render, UserError
-from peer.fit import fit_micro_batch, out_of_memory
-from tests.peer.test_fit import batch_of, everything, small_replica, train
-
-replica = small_replica(64, 2048)
-batch = batch_of(replica)
-one = fit_micro_batch(replica, batch[:1], dtype="float32")
-before = everything(replica)
-ctypes.CDLL(None).malloc_trim(0)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + one.activation_bytes + (8 << 20),) * 2)
-fitted = fit_micro_batch(replica, batch, dtype="float32", budget_s=60.0)
-print(fitted.micro_batch, fitted.why)
-try:
-    fit_micro_batch(replica, batch, dtype="float32", micro_batch=64)
-except UserError as error:
-    print(render(error))
-assert all(np.array_equal(value, before[name]) for name, value in everything(replica).items())
-fitted.apply(replica)
-train(replica, [batch[:fitted.micro_batch]])
-replica.micro_batch = 0
-try:
-    with out_of_memory(replica):
+def largest_that_fits() -> None:
+    replica = small_replica(64, 2048)
+    batch = batch_of(replica)
+    one = fit_micro_batch(replica, batch[:1], dtype="float32")
+    before = everything(replica)
+    leave_memory(one.activation_bytes + (8 << 20))
+    fitted = fit_micro_batch(replica, batch, dtype="float32", budget_s=60.0)
+    assert fitted.micro_batch == 1 and fitted.why.startswith("1 of 64 sequences")
+    assert fitted.why.endswith("2 do not fit into memory")
+    with pytest.raises(UserError, match="64 sequences") as asked:
+        fit_micro_batch(replica, batch, dtype="float32", micro_batch=64)
+    assert asked.value.code is UserCode.OUT_OF_MEMORY and "micro_batch" in render(asked.value)
+    assert all(np.array_equal(value, before[name]) for name, value in everything(replica).items())
+    fitted.apply(replica)
+    train(replica, [batch[: fitted.micro_batch]])
+    replica.micro_batch = 0
+    with pytest.raises(UserError, match="the memory of cpu is used up with 64 sequences"), out_of_memory(replica):
         train(replica, [batch])
-except UserError as error:
-    print(render(error))
-"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
 def test_where_memory_runs_out_the_largest_that_fits_is_found_and_more_is_an_error_with_a_remedy() -> None:
-    command = [sys.executable, "-c", _SCARCE]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
-    found, asked, remedy, trained, _ = done.stdout.splitlines()
-    # On a busy machine two at a time may seem slower before they are seen not to fit.
-    assert found.startswith("1 1 of 64 sequences")
-    assert asked.startswith("error SL813 out-of-memory: 64 sequences")
-    assert "micro_batch" in remedy
-    assert trained.startswith("error SL813 out-of-memory: the memory of cpu is used up with 64 sequences")
+    run_alone(largest_that_fits)
 
 
 def test_other_errors_pass_the_memory_guard() -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +24,6 @@ from protocol.wire import packet_to_wire
 
 KEY = PrivateKey.from_bytes(bytes(range(32)))
 MODEL = ModelConfig(hidden_size=32, intermediate_size=96, num_hidden_layers=1, num_key_value_heads=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_of(model: ModelConfig = MODEL, name: str = "test") -> RunConfig:

@@ -1,12 +1,10 @@
 """Inner steps in little memory and for a part of the time."""
 
-import resource
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,20 +18,10 @@ from peer.training import Trainer
 from protocol.identity import PrivateKey
 from protocol.layout import state_root
 from protocol.run import DataConfig, InnerConfig, ModelConfig, RunConfig, RunSettings
+from tests.peer.scarce import leave_memory, run_alone
 
 KEY = PrivateKey.from_bytes(bytes(32))
 LENGTH, BATCH = 256, 128
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-SPARE = "earlier tests of this process left it free memory, which no limit takes away"
 
 
 def new_trainer(batch: int = BATCH, length: int = LENGTH) -> Trainer:
@@ -67,48 +55,35 @@ def batches(trainer: Trainer, first: int) -> Iterator[NDArray[np.int64]]:
     return islice((draw.integers(0, 256, shape) for _ in range(run.inner.steps)), first, None)
 
 
-@contextmanager
-def little_memory(more: int) -> Iterator[None]:
-    """Let this process have only so many more bytes than it has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to know how much memory is in use")
-def test_where_memory_runs_out_fewer_sequences_are_taken_and_every_step_is_done_once() -> None:
+def fewer_sequences() -> None:
     trainer, plenty = new_trainer(), new_trainer()
     heard: list[int] = []
     # The logits of a whole batch alone are 32 MiB, and the backward pass needs several times as much.
-    with little_memory(48 << 20):
-        done = trainer.train(
-            1, lambda first: batches(trainer, first), threading.Event(), lambda steps, _: heard.append(steps), 0
-        )
-    if trainer.replica.micro_batch == 0:
-        pytest.skip(SPARE)
-    assert 0 < trainer.replica.micro_batch < BATCH
+    leave_memory(48 << 20)
+    done = trainer.train(
+        1, lambda first: batches(trainer, first), threading.Event(), lambda steps, _: heard.append(steps), 0
+    )
+    taken = trainer.replica.micro_batch
+    assert 0 < taken < BATCH
     assert heard == [1, 2, 3, 4] and (done.steps, done.tokens) == (4, 4 * BATCH * LENGTH)
+    plenty.replica.micro_batch = 1
     plenty.train(1, lambda first: batches(plenty, first), threading.Event(), lambda *_: None, 0)
     torch.testing.assert_close(trainer.replica.flat.values, plenty.replica.flat.values, rtol=0, atol=2e-4)
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to know how much memory is in use")
-def test_where_not_even_one_sequence_fits_there_is_a_remedy() -> None:
+def not_even_one() -> None:
     trainer = new_trainer(batch=2, length=1 << 14)
-    code = None
-    with little_memory(4 << 20):
-        try:
-            trainer.train(1, lambda first: batches(trainer, first), threading.Event(), lambda *_: None, 0)
-        except UserError as error:
-            code = error.code
-    if code is None:
-        pytest.skip(SPARE)
-    assert code is UserCode.OUT_OF_MEMORY
+    leave_memory(4 << 20)
+    with pytest.raises(UserError) as caught:
+        trainer.train(1, lambda first: batches(trainer, first), threading.Event(), lambda *_: None, 0)
+    assert caught.value.code is UserCode.OUT_OF_MEMORY
     assert trainer.replica.inner.own_steps == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+@pytest.mark.parametrize("scene", [fewer_sequences, not_even_one])
+def test_where_memory_runs_out_fewer_sequences_are_taken_or_there_is_a_remedy(scene: Callable[[], None]) -> None:
+    run_alone(scene)
 
 
 def test_a_share_of_the_time_is_a_rest_after_each_step_and_ends_when_it_is_told() -> None:
