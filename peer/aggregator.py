@@ -558,8 +558,9 @@ class Aggregator:
 
     def _first_round(self) -> AggregatorRound:
         """The round after the head's; while the run is paused the head's, which has closed."""
-        head, now_s, history = self.head, self._loop.time(), self._history()
+        head, now_s = self.head, self._loop.time()
         run = self._amendments.config_at(head.round + 1)
+        history = self._history(run.inner.steps)
         if self._amendments.paused_at(head.round + 1):
             log.info("paused", round=head.round + 1)
             closed = AggregatorRound(run, head.round, head.state_root, now_s, history=history)
@@ -591,14 +592,20 @@ class Aggregator:
                 return frozenset(entry.peer for entry in entries)
         return frozenset()
 
-    def _history(self) -> ArrivalHistory:
-        """When the packets of the last rounds came."""
-        history = ArrivalHistory()
+    def _history(self, steps: int) -> ArrivalHistory:
+        """When the packets of the last rounds came; those of so many inner steps tell how long such a packet takes."""
+        history, before_ms = ArrivalHistory(), dict[bytes, int]()
         for row in self._folder.journal.records(max(1, self.head.round - HISTORY_ROUNDS + 1), self.head.round):
-            opened_ms = RoundRecord.from_bytes(row.data).opened_ms
-            packets = self._folder.journal.packets(row.round)
-            counted_ms = [packet.arrived_ms for packet in packets if packet.verdict == Verdict.ACCEPTED]
-            history = history.add([max(0, arrived_ms - opened_ms) / 1000 for arrived_ms in counted_ms])
+            record, packets = RoundRecord.from_bytes(row.data), self._folder.journal.packets(row.round)
+            counted_ms = {packet.peer: packet.arrived_ms for packet in packets if packet.verdict == Verdict.ACCEPTED}
+            whole = {entry.peer for entry in accepted(record.entries) if entry.inner_steps >= steps}
+            whole_ms = {peer: at_ms for peer, at_ms in counted_ms.items() if peer in whole}
+            cycles_ms = [at_ms - before_ms[peer] for peer, at_ms in whole_ms.items() if peer in before_ms]
+            history = history.add(
+                [max(0, arrived_ms - record.opened_ms) / 1000 for arrived_ms in counted_ms.values()],
+                [max(0, cycle_ms) / 1000 for cycle_ms in cycles_ms],
+            )
+            before_ms = whole_ms
         return history
 
 

@@ -6,7 +6,7 @@ decreases. SPEC "Round rules" says what they promise to others; here is how.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from protocol.errors import Code, ProtocolError
@@ -17,6 +17,7 @@ from protocol.run import RoundConfig, RunConfig
 
 HISTORY_MAX = 64
 HISTORY_PER_ROUND = 16
+AHEAD_SHARE = 0.9
 REFUSED_MAX = RECORD_ENTRIES_MAX - CONTRIBUTORS_MAX
 REPLAY_ROUNDS_MAX = 64
 RETRY_S_MIN = 1.0
@@ -126,17 +127,18 @@ AggregatorEffect = Accept | Reject | WakeAt | Close
 
 @dataclass(frozen=True)
 class ArrivalHistory:
-    """Seconds from the start of a round to the arrival of its packets, newest last, at most 64."""
+    """When packets came, newest last, at most 64 of each: seconds from the start of their round to the arrival, and
+    from one packet of a peer to its next, where both had all their inner steps."""
 
     arrivals_s: tuple[float, ...] = ()
+    cycles_s: tuple[float, ...] = ()
 
-    def add(self, arrivals_s: Sequence[float]) -> "ArrivalHistory":
-        """Append one round. A large round is thinned evenly, lest its stragglers alone fill the memory."""
-        times = sorted(arrivals_s)
-        if len(times) > HISTORY_PER_ROUND:
-            last = len(times) - 1
-            times = [times[i * last // (HISTORY_PER_ROUND - 1)] for i in range(HISTORY_PER_ROUND)]
-        return ArrivalHistory((*self.arrivals_s, *times)[-HISTORY_MAX:])
+    def add(self, arrivals_s: Sequence[float], cycles_s: Sequence[float] = ()) -> "ArrivalHistory":
+        """Append one round."""
+        return ArrivalHistory(
+            (*self.arrivals_s, *_thinned(arrivals_s))[-HISTORY_MAX:],
+            (*self.cycles_s, *_thinned(cycles_s))[-HISTORY_MAX:],
+        )
 
     def grace_s(self, elapsed_s: float, rules: RoundConfig) -> float:
         """How long to wait on after the quorum, `elapsed_s` into the round: until median + 3 MAD, within the rules."""
@@ -146,8 +148,24 @@ class ArrivalHistory:
         deviation = statistics.median(abs(arrival - median) for arrival in self.arrivals_s)
         return min(max(median + 3 * deviation - elapsed_s, rules.grace_s_min), rules.grace_s_max)
 
+    def length_s(self) -> float:
+        """How long a round lasts at least whose peers train ahead of it.
+
+        Who has sent its packet is at work on the next one, so an earlier end would only cut that one short. It is a
+        little less than a peer takes for a packet: when all could be faster, each round is a little shorter."""
+        return AHEAD_SHARE * statistics.median(self.cycles_s) if self.cycles_s else 0.0
+
+
+def _thinned(times_s: Sequence[float]) -> list[float]:
+    """At most 16 of the times of a round, evenly spaced, lest its stragglers alone fill the memory."""
+    times, last = sorted(times_s), len(times_s) - 1
+    if len(times) <= HISTORY_PER_ROUND:
+        return times
+    return [times[i * last // (HISTORY_PER_ROUND - 1)] for i in range(HISTORY_PER_ROUND)]
+
 
 _NO_HISTORY = ArrivalHistory()
+_NOBODY: Mapping[bytes, float] = {}
 
 
 class AggregatorRound:
@@ -169,7 +187,9 @@ class AggregatorRound:
         history: ArrivalHistory = _NO_HISTORY,
         taken_up: Sequence[Arrived] = (),
         returning: frozenset[bytes] = frozenset(),
+        before: Mapping[bytes, float] = _NOBODY,
     ) -> None:
+        """Open the round. `before` says when the packets of the round before came that had all their inner steps."""
         self.run = run
         self.round = round
         self.base_root = base_root
@@ -185,6 +205,8 @@ class AggregatorRound:
         self._returning = returning
         self._unknown = bool(taken_up) and not returning
         self._arrivals_s: list[float] = []
+        self._before = before
+        self._whole: dict[bytes, float] = {}
         self._refused: dict[bytes, Refused] = {}
         self._started = round > 1 or len(members) >= run.rounds.start_peers
         self._grace_at_s: float | None = None
@@ -205,7 +227,15 @@ class AggregatorRound:
 
         `run` has the settings of that round, which amendments may have changed."""
         assert self.closed, "a round opens when the one before it has closed"
-        return AggregatorRound(run, self.round + 1, base_root, opened_s, members=self.members, history=self.history)
+        return AggregatorRound(
+            run,
+            self.round + 1,
+            base_root,
+            opened_s,
+            members=self.members,
+            history=self.history,
+            before=self._whole,
+        )
 
     def refusal(self, peer: bytes, digest: bytes) -> Code | None:
         """Say before its bytes are read why a packet would be rejected; None when it is welcome."""
@@ -249,6 +279,8 @@ class AggregatorRound:
         if event.peer not in self._accepted:
             self._accepted[event.peer] = event
             self._arrivals_s.append(now_s - self.started_s)
+            if event.inner_steps >= self.run.inner.steps:
+                self._whole[event.peer] = now_s
             earlier = self._refused.get(event.peer)
             if earlier is not None and earlier.digest == event.digest:
                 del self._refused[event.peer]
@@ -287,6 +319,8 @@ class AggregatorRound:
         if quorum and self._started:
             if self._grace_at_s is None:
                 self._grace_at_s = now_s + self.history.grace_s(now_s - self.started_s, self._rules)
+                if self.run.inner.overlap:
+                    self._grace_at_s = max(self._grace_at_s, self.started_s + self.history.length_s())
             if count == CONTRIBUTORS_MAX or not (self._unknown or self._awaits_somebody()):
                 return [self._close(Kind.APPLIED, CloseReason.COMPLETE)]
             if now_s >= min(self._grace_at_s, self.deadline_at_s):
@@ -317,7 +351,8 @@ class AggregatorRound:
         if kind != Kind.APPLIED:
             self._accepted.clear()
         self.closed = True
-        self.history = self.history.add(self._arrivals_s)
+        cycles_s = [at_s - self._before[peer] for peer, at_s in self._whole.items() if peer in self._before]
+        self.history = self.history.add(self._arrivals_s, cycles_s)
         return Close(kind, reason, tuple(sorted(submissions, key=lambda item: (item.peer, item.digest))))
 
 

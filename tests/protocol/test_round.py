@@ -174,6 +174,38 @@ def test_the_history_is_bounded_and_a_large_round_does_not_crowd_out_the_others(
     assert history.arrivals_s == (2.0,) * 64
 
 
+def test_with_overlap_a_round_lasts_nearly_as_long_as_a_packet_takes_however_early_the_first_ones_come() -> None:
+    for overlap, length_s in (("yes", 0.9 * 100.0), ("no", 5.0 + 2.0)):
+        run = run_of({"overlap": overlap})
+        members = frozenset(peer(number) for number in range(3))
+        machine = AggregatorRound(run, 5, named("s4"), 0.0, members=members)
+        for start_s in (0.0, 100.0, 200.0):
+            for number in range(3):
+                machine.handle(arrived(number), start_s + 5.0)
+            assert machine.closed
+            machine = machine.next(run, named("s"), start_s + 100.0)
+        machine.handle(arrived(0), 305.0)
+        machine.handle(arrived(1), 305.5)
+        machine.handle(Tick(), 300.0 + length_s - 0.1)
+        assert not machine.closed
+        machine.handle(Tick(), 300.0 + length_s)
+        assert machine.closed
+
+
+def test_packets_without_all_their_steps_tell_nothing_of_how_long_one_takes() -> None:
+    run = run_of({"overlap": "yes"})
+    machine = AggregatorRound(run, 5, named("s4"), 0.0)
+    machine.handle(arrived(1), 5.0)
+    machine = machine.next(run, named("s5"), 5.0)
+    machine.handle(dataclasses.replace(arrived(1), inner_steps=run.inner.steps - 1), 30.0)
+    machine = machine.next(run, named("s6"), 30.0)
+    machine.handle(arrived(1), 50.0)
+    machine = machine.next(run, named("s7"), 50.0)
+    assert not machine.history.cycles_s
+    machine.handle(arrived(1), 77.0)
+    assert machine.history.cycles_s == (27.0,)
+
+
 # The replica's rounds
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from peer.sim.command import failure_lines
 from peer.sim.network import Access
-from peer.sim.settings import MIXED, Faults, Settings, drawn
+from peer.sim.settings import MBIT, MIXED, Faults, Settings, drawn
 from peer.sim.swarm import SimulationError, Swarm, replayed, simulate
 from protocol.ledger import Kind, Verdict
 from protocol.run import RoundConfig
@@ -70,6 +70,18 @@ def test_whoever_trains_ahead_waits_less_and_all_steps_count() -> None:
     assert trains.inner_share > waits.inner_share + 0.1
     assert trains.steps_counted > 0.8
     assert trains.losses[-1] < 0.5 < trains.losses[0]
+
+
+def test_with_overlap_packets_keep_all_their_steps_and_rounds_are_shorter() -> None:
+    rules = RoundConfig(quorum=5, grace_s_min=1.0, grace_s_max=120.0, deadline_s=630.0, start_peers=10)
+    line = Access(10 * MBIT, 100 * MBIT)
+    waits = Settings(peers=20, rounds=25, stragglers=0.0, access=line, inner_s=120.0, rules=rules, k=64, values=10**9)
+    trains = Swarm(dataclasses.replace(waits, overlap=True))
+    went = trains.go()
+    entries = [entry for record in trains.aggregator.disk.records for entry in record.entries]
+    steps = [entry.inner_steps for entry in entries if entry.verdict == Verdict.ACCEPTED]
+    assert len(steps) > 0.95 * 20 * 25 and sum(steps) > 0.9 * len(steps) * trains.run.inner.steps
+    assert went.virtual_s < 0.9 * simulate(waits).virtual_s
 
 
 def test_a_round_below_quorum_is_null_and_its_packets_go_back() -> None:
