@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from peer.amendments import describe, keep_waiting, stored_amendments, with_waiting
 from peer.core import codec
+from peer.download import SNAPSHOT_ROUNDS
 from peer.find import AdBook
 from peer.journal import PacketRow, RecordRow
 from peer.merge import accepted, check_contents, merge_packets
@@ -58,7 +59,6 @@ from protocol.wire import bundle_to_wire, packet_from_wire, packet_wire_bytes_ma
 
 log = structlog.get_logger()
 
-SNAPSHOT_ROUNDS = 10  # a joiner replays at most this many updates
 SNAPSHOTS_KEPT = 3
 STATES_IN_MEMORY = 2
 KEEP_ROUNDS = 1000

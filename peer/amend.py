@@ -357,15 +357,7 @@ async def _tell_others(finder: Finder, first: Link, amendment: Amendment, *, pla
         if first.aggregator in place.aggregators:
             continue
         try:
-            async with await Link.open(
-                place.address,
-                run_id=amendment.run_id,
-                key=PrivateKey.generate(),
-                expect_aggregators=place.aggregators,
-                certificate_sha256=None if plaintext else place.certificate_sha256,
-                plaintext=plaintext,
-                timeout_s=OTHERS_S,
-            ) as link:
+            async with await place.dial(amendment.run_id, plaintext=plaintext, timeout_s=OTHERS_S) as link:
                 await link.amend(amendment.to_bytes())
             lines.append(f"{place.address}, which stands by, has it too")
         except (LinkError, ProtocolError) as error:

@@ -35,7 +35,7 @@ from protocol.wire import update_wire_bytes_max
 
 log = structlog.get_logger()
 
-SNAPSHOT_ROUNDS = 10  # whoever serves states keeps those of every so many rounds
+SNAPSHOT_ROUNDS = 10  # who serves states keeps those of every so many rounds: a joiner replays at most so many updates
 SNAPSHOTS_TRIED = 3
 SMALL_STATE_BYTES = 64 << 20
 FOR_GOOD = math.inf

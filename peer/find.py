@@ -60,6 +60,22 @@ class Place:
     aggregators: tuple[bytes, ...]
     certificate_sha256: bytes | None
 
+    async def dial(
+        self, run_id: bytes, key: PrivateKey | None = None, *, plaintext: bool, timeout_s: float = DIAL_S
+    ) -> Link:
+        """Connect, and be sure of who answers. Raises as Link.open does.
+
+        Without a key one is made for this link alone, for a second session of the same key would end the first."""
+        return await Link.open(
+            self.address,
+            run_id=run_id,
+            key=key or PrivateKey.generate(),
+            expect_aggregators=self.aggregators,
+            certificate_sha256=None if plaintext else self.certificate_sha256,
+            plaintext=plaintext,
+            timeout_s=timeout_s,
+        )
+
 
 class AdBook:
     """Where the aggregators of a run say that they are reached: the newest ad of each, signed by itself.
@@ -209,7 +225,7 @@ class Finder:
 
         async def greet(place: Place) -> tuple[RoundRecord, bool] | None:
             try:
-                async with await self._dial(place, key, plaintext=plaintext, timeout_s=MEET_S) as link:
+                async with await place.dial(self._invite.run_id, key, plaintext=plaintext, timeout_s=MEET_S) as link:
                     await self._learn(link)
                     theirs = self._checked(link.head_record)
                     if theirs.epoch < head.epoch:
@@ -223,19 +239,8 @@ class Finder:
         others = [place for place in await self.places() if place.aggregators != (key.public,)]
         return [met for met in await asyncio.gather(*map(greet, others)) if met is not None]
 
-    async def _dial(self, place: Place, key: PrivateKey, *, plaintext: bool, timeout_s: float = DIAL_S) -> Link:
-        return await Link.open(
-            place.address,
-            run_id=self._invite.run_id,
-            key=key,
-            expect_aggregators=place.aggregators,
-            certificate_sha256=None if plaintext else place.certificate_sha256,
-            plaintext=plaintext,
-            timeout_s=timeout_s,
-        )
-
     async def _open(self, place: Place, key: PrivateKey, *, plaintext: bool) -> Link:
-        link = await self._dial(place, key, plaintext=plaintext)
+        link = await place.dial(self._invite.run_id, key, plaintext=plaintext)
         try:
             await self._learn(link)
             if self.head is not None and self._checked(link.head_record).epoch < self.head.epoch:

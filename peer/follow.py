@@ -368,15 +368,7 @@ class Follower:
         self.head, self._flat, self._amendments = records[-1], flat, amendments
 
     async def _open(self, place: Place) -> Link:
-        # A key of its own, for a second session of the same key would end the first.
-        return await Link.open(
-            place.address,
-            run_id=self.run.run_id,
-            key=PrivateKey.generate(),
-            expect_aggregators=place.aggregators,
-            certificate_sha256=None if self._plaintext else place.certificate_sha256,
-            plaintext=self._plaintext,
-        )
+        return await place.dial(self.run.run_id, plaintext=self._plaintext)
 
     # Packets
 

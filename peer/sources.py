@@ -30,15 +30,7 @@ def state_loader(
         return [*await finder.places(), *peers]
 
     async def open_source(place: Place) -> Link:
-        # A key made for this, for a second session of the same key would end the first.
-        link = await Link.open(
-            place.address,
-            run_id=run.run_id,
-            key=PrivateKey.generate(),
-            expect_aggregators=place.aggregators,
-            certificate_sha256=None if plaintext else place.certificate_sha256,
-            plaintext=plaintext,
-        )
+        link = await place.dial(run.run_id, plaintext=plaintext)
         link.traffic = traffic
         return link
 

@@ -1,7 +1,8 @@
 """Where a program may die: before and after every durable write and every message, seen from outside of it.
 
 `DieAt` and `JumpingClock` go into the process of a program before it starts and replace what Python offers it: fsync,
-rename and unlink, SQLite's COMMIT, the write of a gRPC message, the wall clock. The programs know nothing of it.
+rename and unlink, SQLite's COMMIT, the write of a gRPC message, the wall clock. `Paced` gives it a device of a known
+speed. The programs know nothing of it.
 """
 
 import os
@@ -15,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import peer.aggregator
+from peer.core.inner import InnerOptimizer
 from peer.net.service import Context, _Service
 
 CLOSED = "after COMMIT records"  # the record of a round is durable
@@ -31,7 +35,7 @@ class KeepEveryState:
     """Every round keeps its state, not only every tenth, so each round has all kinds of writes."""
 
     def install(self) -> None:
-        peer.aggregator.SNAPSHOT_ROUNDS = 1
+        vars(peer.aggregator)["SNAPSHOT_ROUNDS"] = 1
 
 
 @dataclass(frozen=True)
@@ -175,3 +179,24 @@ class JumpingClock:
 
         time.time_ns = jumping_ns
         time.time = lambda: jumping_ns() / 1e9
+
+
+@dataclass(frozen=True)
+class Paced:
+    """An inner step takes so many seconds, as on a device that is slower than this one, however busy this one is."""
+
+    step_s: float
+
+    def install(self) -> None:
+        step, due_s = InnerOptimizer.step, 0.0
+
+        def paced(inner: InnerOptimizer, tokens: Tensor, number: int, micro_batch: int) -> float:
+            nonlocal due_s
+            now_s = time.monotonic()
+            # What a busy machine delays by less than a step is caught up with.
+            due_s = self.step_s + (due_s if 0 <= now_s - due_s < self.step_s else now_s)
+            loss = step(inner, tokens, number, micro_batch)
+            time.sleep(max(0.0, due_s - time.monotonic()))
+            return loss
+
+        InnerOptimizer.step = paced  # type: ignore[method-assign,assignment]  # a shim for it
