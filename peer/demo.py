@@ -7,6 +7,7 @@ figures come from their event logs, the ledger and the stored parameters.
 import asyncio
 import dataclasses
 import json
+import math
 import signal
 import socket
 import sys
@@ -237,9 +238,20 @@ async def _swarm(swarm: Swarm, operator: OperatorFolder, invite: str, peers: int
     await swarm.train()
 
 
+@dataclass(frozen=True)
+class Losses:
+    """Validation losses, nats a token of so many bytes."""
+
+    initial: float
+    final: float
+    solo: float
+    bytes_per_token: float
+
+
 def _report(swarm: Swarm, store: RunFolder, began_s: float) -> None:
     """Measure the run from outside: replay the ledger, evaluate, train alone, and write everything down."""
     from peer.core.generate import generate  # noqa: PLC0415  torch is not needed before
+    from peer.evaluate import bytes_per_token  # noqa: PLC0415
     from peer.export import export_folder  # noqa: PLC0415
     from peer.replay import replay  # noqa: PLC0415
     from peer.solo import Bench  # noqa: PLC0415
@@ -264,7 +276,8 @@ def _report(swarm: Swarm, store: RunFolder, began_s: float) -> None:
     finished = [event for peer in swarm.peers() if (event := peer.last("finished")) is not None]
     roots = {peer.name: str(event["state_root"]) for peer, event in zip(swarm.peers(), finished, strict=True)}
     roots = {"aggregator": head.state_root.hex(), **roots}
-    summary = _summary(swarm, store, (losses[0], losses[-1], alone[-1].val_loss), finished, roots)
+    told = Losses(losses[0], losses[-1], alone[-1].val_loss, bytes_per_token(run.data, bench.data))
+    summary = _summary(swarm, store, told, finished, roots)
     bench.replica.load_outer(final)
     import torch  # noqa: PLC0415  not needed before
 
@@ -292,7 +305,7 @@ def _report(swarm: Swarm, store: RunFolder, began_s: float) -> None:
 def _summary(
     swarm: Swarm,
     store: RunFolder,
-    losses: tuple[float, float, float],
+    losses: Losses,
     finished: Sequence[Event],
     roots: dict[str, str],
 ) -> Summary:
@@ -306,9 +319,11 @@ def _summary(
     broadcasts = [event for event in swarm.programs["aggregator"].events if event["event"] == "broadcast"]
     kernels = [event for peer in swarm.peers() if (event := peer.last("kernels")) is not None]
     return Summary(
-        initial_val_loss=losses[0],
-        final_val_loss=losses[1],
-        solo_val_loss=losses[2],
+        initial_val_loss=losses.initial,
+        final_val_loss=losses.final,
+        final_perplexity=math.exp(losses.final),
+        final_bits_per_byte=losses.final / math.log(2) / losses.bytes_per_token,
+        solo_val_loss=losses.solo,
         rounds=rounds,
         peers=peers,
         tokens=sum(event["tokens"] for event in finished),

@@ -24,6 +24,10 @@ class Summary:
     """Validation loss of the parameters that everybody started from."""
     final_val_loss: float
     """Validation loss of the parameters that everybody holds at the end."""
+    final_perplexity: float
+    """e to that loss: among how many equally likely tokens the model chooses, so to speak."""
+    final_bits_per_byte: float
+    """That loss as bits a byte of the held-out text, whatever the tokenizer is."""
     solo_val_loss: float
     """Validation loss of one peer that trained alone on as many tokens as each peer of the swarm."""
     rounds: int
@@ -86,6 +90,7 @@ def summary_table(summary: Summary, state_roots: Mapping[str, str]) -> Table:
     rows = [
         ("validation loss, before", f"{summary.initial_val_loss:.3f} nats a token"),
         ("validation loss, after", f"{summary.final_val_loss:.3f} ({_difference(gain)})"),
+        ("the same", f"perplexity {summary.final_perplexity:.2f}, {summary.final_bits_per_byte:.3f} bits a byte"),
         ("one peer alone, same tokens", f"{summary.solo_val_loss:.3f} (the swarm is {_difference(against_solo)})"),
         ("peers, rounds", f"{summary.peers}, {summary.rounds}"),
         ("parameters", f"{summary.parameters:,}"),

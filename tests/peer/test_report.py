@@ -16,6 +16,8 @@ ROOT = "ab" * 32
 SUMMARY = Summary(
     initial_val_loss=5.551,
     final_val_loss=2.25,
+    final_perplexity=9.4877,
+    final_bits_per_byte=3.2461,
     solo_val_loss=2.5,
     rounds=30,
     peers=4,
@@ -47,8 +49,9 @@ def shown(summary: Summary, roots: dict[str, str]) -> str:
 
 def test_summary_json_has_the_agreed_keys() -> None:
     agreed = (
-        "initial_val_loss final_val_loss solo_val_loss rounds peers tokens parameters bytes_up_per_peer_round "
-        "bytes_down_per_peer_round update_bytes_per_round bundle_bytes_per_round rounds_by_bundle bits_per_value "
+        "initial_val_loss final_val_loss final_perplexity final_bits_per_byte solo_val_loss rounds peers tokens "
+        "parameters bytes_up_per_peer_round bytes_down_per_peer_round update_bytes_per_round bundle_bytes_per_round "
+        "rounds_by_bundle bits_per_value "
         "inner_time_share state_roots_equal state_root wall_s kernels"
     )
     assert list(json.loads(summary_json(SUMMARY))) == agreed.split()
@@ -66,6 +69,7 @@ def test_the_table_tells_losses_traffic_and_roots() -> None:
         "5.551",
         "2.250 (3.301 better)",
         "is 0.250 better",
+        "perplexity 9.49, 3.246 bits a byte",
         "1,234,567",
         "900,000",
         "51.2 kB",
