@@ -16,18 +16,19 @@ QUANTIZERS = ("2 bit", "1 bit", "global grid", "fp32")
 class Weather:
     """What befalls the peers. All shares are chances of a peer in a round, drawn from the seed.
 
-    An absent peer trains nothing. A late one trains, and its packet misses the round. A partial one sends after a
-    part of its steps that is drawn evenly, from one step to all but one. A forgetful one starts the round with Adam
-    moments of zero, as a peer does whose disk was lost, and with an empty residual if `forgets_residual`.
+    An absent peer trains nothing, for `spell` rounds on end in the mean. A late one trains, and its packet misses the
+    round. A partial one sends after a part of its steps that is drawn evenly, from `steps_min` to all but one. A
+    forgetful one starts the round with Adam moments of zero, as a peer does whose disk was lost, and with an empty
+    residual if `forgets_residual`.
     """
 
     absent: float = 0.0
+    spell: float = 1.0
     late: float = 0.0
     drained: bool = False
     """A late packet's values are lost, as in the published reference, and do not return to the residual."""
     partial: float = 0.0
-    steps_max: int = 0
-    """The most steps that a partial peer does; 0 is one below all."""
+    steps_min: int = 1
     forgetful: float = 0.0
     forgets_residual: bool = False
 
