@@ -186,7 +186,7 @@ class Aggregator:
         queue: asyncio.Queue[WatchEvent] = asyncio.Queue(WATCH_QUEUE_MAX)
         self._watchers.setdefault(peer, set()).add(queue)
         try:
-            for event in self._now():
+            for event in self._now(peer):
                 yield event
             while True:
                 yield await queue.get()
@@ -202,7 +202,7 @@ class Aggregator:
         self._observers.add(queue)
         try:
             stored = self._folder.journal.packets(self.round.round)
-            for event in chain(self._now(), (PacketStored(row.digest) for row in stored)):
+            for event in chain(self._now(None), (PacketStored(row.digest) for row in stored)):
                 yield event
             while True:
                 yield await queue.get()
@@ -383,7 +383,9 @@ class Aggregator:
         if self._amendments.rollback_at(self.round.round) is not None:
             self._handle(RolledBack())
             return
-        self._broadcast(self._opened_event())
+        for watcher, queues in self._watchers.items():
+            _tell(queues, self._opened_event(watcher))
+        _tell(self._observers, self._opened_event(None))
         self._handle(Tick())
 
     def _ban(self, banned: frozenset[bytes]) -> None:
@@ -394,7 +396,7 @@ class Aggregator:
             self._handle(Joined(peer))
         self._banned = banned
 
-    def _now(self) -> list[WatchEvent]:
+    def _now(self, peer: bytes | None) -> list[WatchEvent]:
         """Where other aggregators are, the head (its round may have closed since the welcome), and the open round."""
         events: list[WatchEvent] = []
         ads = tuple(self._book.signed(but=self._key.public))
@@ -402,12 +404,14 @@ class Aggregator:
             events.append(Aggregators(ads))
         events.append(self._closed_event())
         if not self.finished.is_set() and not self.round.closed:
-            events.append(self._opened_event())
+            events.append(self._opened_event(peer))
         return events
 
-    def _opened_event(self) -> RoundOpened:
+    def _opened_event(self, peer: bytes | None) -> RoundOpened:
+        """The open round as this peer is told of it, or an observer (None)."""
         left_s = max(0.0, self.round.deadline_at_s - self._loop.time())
-        return RoundOpened(self.round.round, self.round.base_root, self.round.run.inner.steps, left_s)
+        steps = self.round.run.inner.steps if peer is None else self.round.steps_for(peer)
+        return RoundOpened(self.round.round, self.round.base_root, steps, left_s)
 
     def _closed_event(self) -> RoundClosed:
         blobs, head = self._folder.blobs, self.head

@@ -6,7 +6,7 @@ decreases. SPEC "Round rules" says what they promise to others; here is how.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protocol.errors import Code, ProtocolError
@@ -18,6 +18,8 @@ from protocol.run import RoundConfig, RunConfig
 HISTORY_MAX = 64
 HISTORY_PER_ROUND = 16
 AHEAD_SHARE = 0.9
+OFFER_AFTER_MISS = 0.75
+OFFER_GROWTH = 32  # an offer grows by one part in so many
 REFUSED_MAX = RECORD_ENTRIES_MAX - CONTRIBUTORS_MAX
 REPLAY_ROUNDS_MAX = 64
 RETRY_S_MIN = 1.0
@@ -165,7 +167,6 @@ def _thinned(times_s: Sequence[float]) -> list[float]:
 
 
 _NO_HISTORY = ArrivalHistory()
-_NOBODY: Mapping[bytes, float] = {}
 
 
 class AggregatorRound:
@@ -187,9 +188,7 @@ class AggregatorRound:
         history: ArrivalHistory = _NO_HISTORY,
         taken_up: Sequence[Arrived] = (),
         returning: frozenset[bytes] = frozenset(),
-        before: Mapping[bytes, float] = _NOBODY,
     ) -> None:
-        """Open the round. `before` says when the packets of the round before came that had all their inner steps."""
         self.run = run
         self.round = round
         self.base_root = base_root
@@ -205,8 +204,9 @@ class AggregatorRound:
         self._returning = returning
         self._unknown = bool(taken_up) and not returning
         self._arrivals_s: list[float] = []
-        self._before = before
+        self._before: dict[bytes, float] = {}  # when packets with all their inner steps came, in the round before
         self._whole: dict[bytes, float] = {}
+        self._offers: dict[bytes, int] = {}  # whom to ask for fewer inner steps, or soon: it missed a round
         self._refused: dict[bytes, Refused] = {}
         self._started = round > 1 or len(members) >= run.rounds.start_peers
         self._grace_at_s: float | None = None
@@ -227,15 +227,27 @@ class AggregatorRound:
 
         `run` has the settings of that round, which amendments may have changed."""
         assert self.closed, "a round opens when the one before it has closed"
-        return AggregatorRound(
-            run,
-            self.round + 1,
-            base_root,
-            opened_s,
-            members=self.members,
-            history=self.history,
-            before=self._whole,
-        )
+        later = AggregatorRound(run, self.round + 1, base_root, opened_s, members=self.members, history=self.history)
+        later._before, later._offers = self._whole, self._next_offers()
+        return later
+
+    def steps_for(self, peer: bytes) -> int:
+        """How many inner steps a peer is asked for: fewer after two rounds that closed without its packet."""
+        return min(self._offers.get(peer, self.run.inner.steps), self.run.inner.steps)
+
+    def _next_offers(self) -> dict[bytes, int]:
+        """Ask those for less who were here all the time and sent nothing again, and others by and by for all."""
+        offers = {}
+        for peer in self._present:
+            offer = self.steps_for(peer)
+            missed = self._accepted and peer in self._opening and self._is_awaited(peer)
+            if missed:
+                offers[peer] = max(1, int(OFFER_AFTER_MISS * offer)) if peer in self._offers else offer
+            elif peer in self._offers:
+                offer += -(-offer // OFFER_GROWTH) if peer in self._accepted else 0
+                if offer < self.run.inner.steps:
+                    offers[peer] = offer
+        return offers
 
     def refusal(self, peer: bytes, digest: bytes) -> Code | None:
         """Say before its bytes are read why a packet would be rejected; None when it is welcome."""

@@ -442,7 +442,8 @@ class Aggregator:
 
     def _tell_opened(self, peer: "Volunteer", link: Link) -> None:
         left_s = max(0.0, self.round.deadline_at_s - self.clock.now_s)
-        opened = Opened(self.round.round, self.round.base_root, self.run.inner.steps, left_s)
+        steps = self.round.steps_for(peer.key.public)
+        opened = Opened(self.round.round, self.round.base_root, steps, left_s)
         link.down(CONTROL_BYTES, lambda: peer.heard(link, opened), ordered=True)
 
     def check_bounds(self) -> None:

@@ -206,6 +206,31 @@ def test_packets_without_all_their_steps_tell_nothing_of_how_long_one_takes() ->
     assert machine.history.cycles_s == (27.0,)
 
 
+def test_who_sent_nothing_in_time_is_asked_for_fewer_steps_and_by_and_by_for_all_again() -> None:
+    run = run_of({})
+    machine = AggregatorRound(run, 5, named("s4"), 0.0, members=frozenset({peer(1), peer(2)}))
+    asked = list[int]()
+    for round in range(60):
+        machine.handle(arrived(1), 100.0 * round + 2.0)
+        if round >= 3:
+            machine.handle(arrived(2), 100.0 * round + 3.0)
+        machine.handle(Tick(), 100.0 * round + 90.0)
+        assert machine.closed
+        machine = machine.next(run, named("s"), 100.0 * (round + 1))
+        asked.append(machine.steps_for(peer(2)))
+        assert machine.steps_for(peer(1)) == run.inner.steps
+    assert asked[:3] == [run.inner.steps, int(0.75 * run.inner.steps), int(0.75 * asked[1])]
+    assert asked[2:] == sorted(asked[2:]) and asked[-1] == run.inner.steps
+
+
+def test_a_round_without_quorum_asks_nobody_for_less() -> None:
+    run = run_of({"quorum": "2"})
+    machine = AggregatorRound(run, 5, named("s4"), 0.0, members=frozenset({peer(1), peer(2)}))
+    machine.handle(arrived(1), 2.0)
+    machine.handle(Tick(), machine.deadline_at_s)
+    assert machine.next(run, named("s4"), 400.0).steps_for(peer(2)) == run.inner.steps
+
+
 # The replica's rounds
 
 
