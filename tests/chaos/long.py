@@ -17,15 +17,16 @@ from pathlib import Path
 
 import torch
 
+from tests.chaos.boundaries import Paced
 from tests.chaos.siege import PEERS, Siege, boundaries, kill_at_boundaries, kill_at_random
-from tests.chaos.training import READY_S, Swarm, calm_loss, churn, settings_of, slowed
+from tests.chaos.training import Swarm, calm, churn, settings_of
 from tests.peer.proxy import Faults, proxy_thread
 
 RANDOM_KILLS = 200
 SIX = ("one", "two", "three", "four", "five", "six")
 CHURN_KILLS, CHURN_EVERY_S = 30, 10.0
 SLOW_ROUNDS = 20
-SLOW_SHARE = 0.1
+STEP_S, SLOW_STEP_S = 0.1, 1.0  # most of it asleep, lest what else the machine does decides
 MBIT_PER_S = 125_000.0  # bytes
 
 
@@ -56,19 +57,21 @@ def at_random(folder: Path, seed: int) -> None:
 
 def churned(folder: Path, seed: int) -> None:
     """Kill one of six training peers every ten seconds, and compare with the same swarm left alone."""
-    settings = settings_of(steps=30, peers=len(SIX), grace_s=(0.5, 3.0))
-    went = churn(folder / "churn", SIX, settings, seed, kills=CHURN_KILLS, every_s=CHURN_EVERY_S)
+    settings = settings_of(steps=20, peers=len(SIX), grace_s=(0.5, 3.0))
+    pace = Paced(STEP_S)
+    went = churn(folder / "churn", SIX, settings, pace, seed, kills=CHURN_KILLS, every_s=CHURN_EVERY_S)
     closed = 1 - went.null_rounds / went.rounds
     tell(f"{went}: {closed:.1%} of the rounds are not null")
-    calm = calm_loss(folder / "calm", SIX, settings, went.tokens, 1800.0)
-    tell(f"  validation loss {went.loss:.4f}, calm {calm:.4f} at as many tokens: {went.loss / calm - 1:+.2%}")
-    assert closed >= 0.99 and went.loss <= 1.02 * calm
+    # Half as many tokens a round make a better model of as many tokens; so the number of rounds is told with the loss.
+    quiet = calm(folder / "calm", SIX, settings, pace, went.tokens, 1800.0)
+    tell(f"{quiet}: {went.loss / quiet.loss - 1:+.2%} of loss for the kills")
+    assert closed >= 0.99 and went.loss <= 1.02 * quiet.loss
 
 
 def slow_and_far(folder: Path, seed: int) -> None:
-    """What a peer with a tenth of the time costs the others, and what one behind 1 Mbit/s brings in."""
+    """What a peer whose steps take ten times as long costs the others, and what one behind 1 Mbit/s brings in."""
     del seed  # nothing is drawn here
-    settings = settings_of(steps=400, peers=3, hidden=64, k=256, grace_s=(0.1, 3.0))
+    settings = settings_of(steps=120, peers=3, quorum=2, hidden=64, k=256, grace_s=(0.1, 3.0))
     for name in ("equal", "slow", "far"):
         names = ("one", "two", name)
         with ExitStack() as stack:
@@ -76,11 +79,9 @@ def slow_and_far(folder: Path, seed: int) -> None:
             proxy = stack.enter_context(proxy_thread(swarm.port, Faults(bytes_per_s=MBIT_PER_S)))
             aggregator = swarm.aggregator()
             for each in names:
-                swarm.peer(each, proxy if each == "far" else None)
-            swarm.children[name].wait_event("stored", READY_S)
-            if name == "slow":
-                stack.enter_context(slowed(swarm.children["slow"], SLOW_SHARE))
-            first = swarm.head() + 3  # the rounds from which it learns how long they are
+                pace = Paced(SLOW_STEP_S if each == "slow" else STEP_S)
+                swarm.peer(each, proxy if each == "far" else None, pace)
+            first = 5  # before that it learns how long rounds are
             aggregator.wait_event("round closed", 3600.0, first + SLOW_ROUNDS - 1)
         waited_s, all_s = swarm.waited(("one", "two"), first)
         rounds = len(swarm.records()) - first
@@ -90,7 +91,7 @@ def slow_and_far(folder: Path, seed: int) -> None:
         tell(f"{name}: counted in {len(counted)} of {rounds} rounds of {all_s / rounds:.1f} s, {seen} roots equal")
         tell(f"  with {steps:.1%} of the inner steps of another peer")
         tell(f"  {waited_s / all_s:.2%} of the time from the last packet of the other two to the record")
-        assert counted
+        assert counted and (name != "slow" or waited_s < 0.02 * all_s)
 
 
 PARTS: dict[str, Callable[[Path, int], None]] = {

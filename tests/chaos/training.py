@@ -29,7 +29,14 @@ TASTE = ("--threads", "1", "--dtype", "float32", "--device", "cpu", "--micro-bat
 
 
 def settings_of(
-    *, rounds: int = FOREVER, steps: int, peers: int, hidden: int = 32, k: int = 64, grace_s: tuple[float, float]
+    *,
+    rounds: int = FOREVER,
+    steps: int,
+    peers: int,
+    quorum: int = 1,
+    hidden: int = 32,
+    k: int = 64,
+    grace_s: tuple[float, float],
 ) -> RunSettings:
     """A run of a small model whose learning rate does not depend on how many rounds there will be."""
     settings = parse_settings(SETTINGS.format(rounds=rounds, steps=steps, grace_s=3.0))
@@ -39,7 +46,12 @@ def settings_of(
         inner=dataclasses.replace(settings.inner, schedule="constant", learning_rate=0.001),
         compression=dataclasses.replace(settings.compression, k=k),
         rounds=dataclasses.replace(
-            settings.rounds, start_peers=peers, grace_s_min=grace_s[0], grace_s_max=grace_s[1], deadline_s=60.0
+            settings.rounds,
+            quorum=quorum,
+            start_peers=peers,
+            grace_s_min=grace_s[0],
+            grace_s_max=grace_s[1],
+            deadline_s=60.0,
         ),
     )
 
@@ -65,7 +77,7 @@ class Swarm:
     def aggregator(self, spell: Spell | None = None) -> Child:
         return self._start("aggregator", spell, "aggregate", str(self.path))
 
-    def peer(self, name: str, through: Proxy | None = None) -> Child:
+    def peer(self, name: str, through: Proxy | None = None, spell: Spell | None = None) -> Child:
         """Start this peer, for the first time or again."""
         invite, path = self.invite, self.folder / f"{name}.invite"
         if through is not None:
@@ -75,7 +87,7 @@ class Swarm:
         home.mkdir(exist_ok=True)
         if not (home / "data").exists():
             (home / "data").symlink_to(OperatorFolder(self.path).aggregator_home / "data")
-        return self._start(name, None, "join", str(path), "--home", str(home), *TASTE)
+        return self._start(name, spell, "join", str(path), "--home", str(home), *TASTE)
 
     def _start(self, name: str, spell: Spell | None, *arguments: str) -> Child:
         child = Child(self.folder / name, *arguments, spell=spell)
@@ -192,8 +204,8 @@ def slowed(child: Child, share: float, period_s: float = 0.1) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Churned:
-    """How a swarm went whose peers were killed and started again."""
+class Went:
+    """How a swarm went."""
 
     kills: int
     rounds: int
@@ -204,40 +216,43 @@ class Churned:
 
 
 def churn(
-    folder: Path, names: Sequence[str], settings: RunSettings, seed: int, *, kills: int, every_s: float
-) -> Churned:
+    folder: Path, names: Sequence[str], settings: RunSettings, pace: Spell, seed: int, *, kills: int, every_s: float
+) -> Went:
     """Kill a random peer every so many seconds and start it again by the same command."""
     draw = random.Random(seed)
     with Swarm(folder, settings) as swarm:
         swarm.aggregator()
         for name in names:
-            swarm.peer(name)
+            swarm.peer(name, spell=pace)
         for name in names:
             swarm.children[name].wait_event("round", READY_S)
         for _ in range(kills):
             time.sleep(every_s)
             name = draw.choice(list(names))
             swarm.children[name].kill()
-            swarm.peer(name)
+            swarm.peer(name, spell=pace)
         swarm.wait_all(names, 2, READY_S)
-    tokens = swarm.tokens()[-1]
-    records = swarm.records()[1:]
-    null_rounds = sum(record.kind == Kind.NULL for record in records)
-    return Churned(kills, len(records), null_rounds, tokens, swarm.loss_at(tokens), swarm.check_roots(names))
+    return _went(swarm, names, swarm.tokens()[-1], kills)
 
 
-def calm_loss(folder: Path, names: Sequence[str], settings: RunSettings, tokens: int, seconds: float) -> float:
-    """Validation loss of the same swarm after as many tokens when nobody is killed."""
+def calm(folder: Path, names: Sequence[str], settings: RunSettings, pace: Spell, tokens: int, seconds: float) -> Went:
+    """The same swarm, and nobody is killed, until it has trained on as many tokens."""
     with Swarm(folder, settings) as swarm:
         aggregator = swarm.aggregator()
         for name in names:
-            swarm.peer(name)
+            swarm.peer(name, spell=pace)
         enough = -(-tokens // (len(names) * swarm.run.nominal_tokens))
         aggregator.wait_event("round closed", seconds, enough)
         while swarm.tokens()[-1] < tokens:  # some packets came late
             enough += 1
             aggregator.wait_event("round closed", READY_S, enough)
-    return swarm.loss_at(tokens)
+    return _went(swarm, names, tokens, 0)
+
+
+def _went(swarm: Swarm, names: Sequence[str], tokens: int, kills: int) -> Went:
+    records = swarm.records()[1:]
+    null_rounds = sum(record.kind == Kind.NULL for record in records)
+    return Went(kills, len(records), null_rounds, tokens, swarm.loss_at(tokens), swarm.check_roots(names))
 
 
 async def cut_every(proxy: Proxy, every_s: float) -> None:
