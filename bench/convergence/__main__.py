@@ -59,12 +59,14 @@ class Runner:
         def tell(point: Point) -> None:
             share = (point.accepted if setup.until == "accepted" else point.trained) / setup.budget
             left_s = (time.monotonic() - began_s) * max(0.0, 1 / share - 1)
-            sys.stdout.write(f"\r  {share:4.0%}, loss {point.loss:.4f}, {left_s:.0f} s left  ")
-            sys.stdout.flush()
+            if sys.stdout.isatty():
+                sys.stdout.write(f"\r  {share:4.0%}, loss {point.loss:.4f}, {left_s:.0f} s left  ")
+                sys.stdout.flush()
 
         text = self._open(setup.corpus, setup.sequence)
         result = train(setup, seed, text, tell)
-        print(f"\r  loss {result.loss:.4f} after {result.cpu_s:.0f} s of one core          ", flush=True)
+        erase = "\r\033[K" if sys.stdout.isatty() else ""
+        print(f"{erase}  loss {result.loss:.4f} after {result.cpu_s:.0f} s of one core", flush=True)
         return result
 
     def _open(self, name: str, sequence: int) -> list[Dataset]:

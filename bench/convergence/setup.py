@@ -54,7 +54,7 @@ class Setup:
     peers: int = 4
     rounds: int = 160
     """Rounds if nobody is ever missing; rounds * peers * steps * batch * sequence is the budget of tokens."""
-    steps: int = 15
+    steps: int = 10
     learning_rate: float = 0.003
     warmup: int = 60
     schedule: str = "cosine"

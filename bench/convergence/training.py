@@ -47,7 +47,7 @@ def train(
     seed: int,
     corpora: Sequence[Dataset],
     on_point: Callable[[Point], None],
-    points: int = 20,
+    points: int = 12,
 ) -> Result:
     """Train until the budget is used up, and evaluate about `points` times: the mean over the kinds of text."""
     began_s = time.process_time()
