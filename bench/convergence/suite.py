@@ -55,18 +55,18 @@ class NotTunedError(Exception):
 def entries(base: Setup) -> tuple[Entry, ...]:
     """The methods that are compared."""
     middle = replace(base, learning_rate=0.004)
-    sparse = tuple((alpha, 0.9) for alpha in (0.5, 0.7, 1.0))
+    sparse = tuple((alpha, 0.9) for alpha in (0.5, 0.7, 1.0, 1.4))
     dense = ((0.7, 0.9), (0.5, 0.8), (1.0, 0.5))
     return (
         Entry("AdamW data-parallel", replace(middle, method="adamw"), RATES, ((1.0, 0.9),)),
         Entry("DiLoCo", replace(middle, method="diloco"), RATES, dense),
         Entry(
             "DeMo-like",
-            replace(middle, method="demo", learning_rate=0.001),
-            (0.0005, 0.001, 0.002),
+            replace(middle, method="demo", learning_rate=0.002),
+            (0.001, 0.002, 0.004, 0.008, 0.016),
             ((1.0, 0.95), (1.0, 0.99)),
         ),
-        Entry("SparseLoCo mean", replace(middle, rule="mean"), RATES, ((1.0, 0.9), (2.0, 0.9))),
+        Entry("SparseLoCo mean", replace(middle, rule="mean"), RATES, ((1.0, 0.9), (2.0, 0.9), (3.0, 0.9))),
         Entry("SparseLoCo mean of senders", middle, RATES, sparse),
     )
 

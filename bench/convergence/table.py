@@ -3,13 +3,14 @@
 import math
 import statistics
 
+from bench.convergence.methods import FLOAT_BYTES
 from bench.convergence.results import Results
 from bench.convergence.suite import Part
 from bench.convergence.training import Result
 
 COLUMNS = (
     *("loss", "spread", "bits a byte", "to the first", "seeds"),
-    *("rounds", "accepted tokens", "up, kB a peer", "down, kB"),
+    *("rounds", "accepted tokens", "up, kB a peer", "times less than dense rounds", "down, kB"),
 )
 
 
@@ -44,8 +45,17 @@ def _cells(found: list[Result], first: list[Result]) -> list[str]:
         f"{statistics.fmean(end.round for end in ends):.0f}",
         f"{statistics.fmean(end.accepted for end in ends):,.0f}",
         f"{statistics.fmean(end.bytes_up for end in ends) / 1000:,.0f}",
+        _times_less(found),
         f"{statistics.fmean(end.bytes_down for end in ends) / 1000:,.0f}",
     ]
+
+
+def _times_less(found: list[Result]) -> str:
+    """How many times fewer bytes up than all parameters in float32 once a round, which is what DiLoCo sends."""
+    ends = [(FLOAT_BYTES * result.parameters * result.curve[-1].round, result.curve[-1].bytes_up) for result in found]
+    if not all(sent for _, sent in ends):
+        return "-"
+    return f"{statistics.fmean(dense / sent for dense, sent in ends):,.3g}"
 
 
 def gap(found: list[Result], first: list[Result]) -> str:
