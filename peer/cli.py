@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 
 from peer.commands import control, corpus, demo, doctor, export, join, look, run, servers, simulate
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sparseloco-peer", description="Train one language model together over the open internet."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('sparseloco-peer')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add(commands.add_parser)

@@ -353,7 +353,8 @@ class Client:
             await self._learned(stored.to_bytes(), link)
             self._replica.change(self._amended.settings(stored.round + 1))
         self._machine = await asyncio.to_thread(self._resume)
-        self._view.begin(self.run.name, self.run.outer.rounds, self.run.inner.steps)
+        run = self._machine.run  # as amended up to where we go on
+        self._view.begin(run.name, run.outer.rounds, run.inner.steps)
 
     async def _serve(self, signed: SignedRun) -> None:
         """Offer others what they need to join, under the address of our settings."""
@@ -578,6 +579,9 @@ class Client:
         self._totals.bytes_up += len(packet.wire)
         self._totals.sent_values += packet.values
         log.info("receipt", accepted=answer.accepted, code=answer.code, bytes=len(packet.wire))
+        record, peers = self._machine.record, self.run.rounds.start_peers
+        if answer.accepted and record is not None and record.round == 0 and peers > 1:
+            log.info("waiting", why=f"the first round closes when {peers} peers are there")
         return Receipt(digest, answer.accepted, answer.code)
 
     def _settle(self, effect: Settle) -> None:
@@ -697,6 +701,8 @@ class Client:
         # A finished run needs nothing but its parameters.
         keep.forget(self._folder.replica_path)
         log.info("finished", rounds=record.round, **totals.facts(), **updates.facts(), state_root=root.hex())
+        home = self._home.path
+        self._telemetry.say(f"The run is complete. `sparseloco-peer export {home} --out model` writes its model.")
 
     async def _leave(self, keeper: asyncio.Task[None]) -> None:
         """Stop training after the current step, close the link and forget the timers."""
@@ -713,3 +719,5 @@ class Client:
         if self._server is not None:
             await self._server.close(LEAVE_S / 4)
         self._folder.close()
+        if not self._machine.finished:
+            self._telemetry.say(f"Left; {self._totals.accepted} contributions counted. The same command goes on.")

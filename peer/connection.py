@@ -212,8 +212,18 @@ _LINK_REMEDIES = {
     LinkFailure.ADDRESS: (UserCode.UNKNOWN_HOST, "ask the operator for a new invite: its address is unusable"),
     LinkFailure.DNS: (UserCode.UNKNOWN_HOST, "check the network and its DNS, or ask the operator for a new invite"),
     LinkFailure.REFUSED: (UserCode.UNREACHABLE, "ask the operator whether `sparseloco-peer aggregate` is running"),
-    LinkFailure.UNREACHABLE: (UserCode.UNREACHABLE, "check this machine's network, then start the same command again"),
-    LinkFailure.TIMEOUT: (UserCode.TIMED_OUT, "check that a firewall lets outgoing TCP through to that port"),
+    LinkFailure.HERE: (
+        UserCode.UNREACHABLE,
+        "start `sparseloco-peer aggregate` here; if it runs elsewhere, ask for an invite made with `run invite --host`",
+    ),
+    LinkFailure.UNREACHABLE: (
+        UserCode.UNREACHABLE,
+        "check this machine's network, and ask the operator whether others reach the address of the invite",
+    ),
+    LinkFailure.TIMEOUT: (
+        UserCode.TIMED_OUT,
+        "ask the operator whether that TCP port is open to others, and check that a firewall here lets it out",
+    ),
     LinkFailure.CERTIFICATE: (
         UserCode.WRONG_CERTIFICATE,
         "ask the operator for the newest invite; do not go on if it is the same: somebody may sit in between",

@@ -354,7 +354,8 @@ _SET_CLOCK = (
     "set it by itself: sudo timedatectl set-ntp true (or ask the operator, if it is the aggregator's that is wrong)"
 )
 _REACH_DIRECTORY = (
-    "let outgoing TCP through to the invite's bootstraps; where hivemind is missing: pip install hivemind"
+    "ask the operator whether `sparseloco-peer bootstrap` is running, and check that a firewall here lets TCP out;"
+    " where hivemind is missing: pip install hivemind"
 )
 _LESS_MEMORY = "close other programs, take another device with --device, or join a run with a smaller model"
 _FASTER = "train on a faster device, use a faster line, or join a run with longer rounds or a smaller model"

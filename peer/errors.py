@@ -87,6 +87,8 @@ def render(error: UserError | ProtocolError) -> str:
 
 def from_os_error(error: OSError, path: Path | str) -> UserError:
     """Turn what the operating system said about `path` into a message with a remedy."""
+    if str(path).startswith("slp1"):
+        return UserError(UserCode.BAD_ARGUMENT, "this command takes a folder, and was given an invite", _FOLDER)
     code, message, remedy = _OS_ERRORS.get(error.errno or 0, _OTHER_OS_ERROR)
     reason = error.strerror or type(error).__name__
     return UserError(code, f"{message.format(path=path)} ({reason})", remedy.format(path=path))
@@ -106,6 +108,7 @@ def explain(error: ProtocolError) -> tuple[str, str]:
     return EXPLANATIONS[error.code]
 
 
+_FOLDER = "name the folder of the run; `sparseloco-peer mirror INVITE --home COPY` makes one out of an invite"
 _FULL = (
     UserCode.DISK_FULL,
     "there is no room left to write {path}",

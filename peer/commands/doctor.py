@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from peer.commands.options import AddParser, add_plaintext, add_taste, config_of, invite_text
+from peer.commands.options import AddParser, add_plaintext, add_taste, config_of, read_invite
 from peer.telemetry import Telemetry
 
 
@@ -23,10 +23,9 @@ def add(add_parser: AddParser) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from peer.doctor import Doctor
-    from protocol.invite import Invite
 
     config = config_of(arguments)
-    invite = Invite.from_text(invite_text(arguments.invite)) if arguments.invite is not None else None
+    invite = read_invite(arguments.invite) if arguments.invite is not None else None
     doctor = Doctor(config, (lambda _line: None) if arguments.json else _say)
     # What the parts of a peer report while they work is not for whoever asked a question.
     with (

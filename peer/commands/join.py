@@ -15,7 +15,7 @@ from peer.commands.options import (
     add_taste,
     add_tracker,
     config_of,
-    invite_text,
+    read_invite,
 )
 from peer.config import PeerConfig
 from peer.telemetry import Telemetry
@@ -46,10 +46,9 @@ def add(add_parser: AddParser) -> None:
 
 def _join(arguments: argparse.Namespace) -> int:
     from peer.store import Home
-    from protocol.invite import Invite
 
     began_s = time.monotonic()
-    invite = Invite.from_text(invite_text(arguments.invite))
+    invite = read_invite(arguments.invite)
     config = config_of(arguments)
     home = Home(config.home)
     json_stdout = arguments.json or config.log_json

@@ -8,10 +8,15 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peer.config import PeerConfig, read_config
 from peer.errors import os_errors
 from peer.trackers import FORM
+from protocol.errors import Code, ProtocolError
+
+if TYPE_CHECKING:
+    from protocol.invite import Invite
 
 PATH_CHARS_MAX = 250  # a name that is longer is a damaged invite
 FILE_CHARS_MAX = 1 << 16
@@ -52,6 +57,16 @@ def invite_text(argument: str) -> str:
             return argument
         with path.open(encoding="utf-8", errors="replace") as file:
             return file.read(FILE_CHARS_MAX).strip()
+
+
+def read_invite(argument: str) -> "Invite":
+    """The invite itself, or the one in the file of this name. Raises ProtocolError BAD_INVITE and UserError."""
+    from protocol.invite import Invite
+
+    text = invite_text(argument)
+    if text == argument and not text.startswith("slp"):
+        raise ProtocolError(Code.BAD_INVITE, f"{text!r} is no file here, and does not start with slp1")
+    return Invite.from_text(text)
 
 
 def add_json(command: argparse.ArgumentParser) -> None:

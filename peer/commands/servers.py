@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from peer.commands.options import AddParser, add_json, add_plaintext, add_tracker, invite_text, until_stopped
+from peer.commands.options import AddParser, add_json, add_plaintext, add_tracker, read_invite, until_stopped
 from peer.telemetry import Telemetry
 from peer.trackers import open_tracker
 
@@ -109,9 +109,8 @@ def _aggregate(arguments: argparse.Namespace) -> int:
 def _mirror(arguments: argparse.Namespace) -> int:
     from peer.follow import mirror
     from peer.store import Home
-    from protocol.invite import Invite
 
-    invite, home = Invite.from_text(invite_text(arguments.invite)), Home(arguments.home)
+    invite, home = read_invite(arguments.invite), Home(arguments.home)
     with home.lock(), Telemetry("mirror", file=home.log_path, json_stdout=arguments.json):
         return until_stopped(lambda stop: mirror(invite, home, stop, plaintext=arguments.plaintext_local))
 

@@ -19,6 +19,7 @@ class LinkFailure(StrEnum):
     ADDRESS = "address"  # not host:port, or plaintext to a machine that is not this one
     DNS = "dns"  # the name does not resolve
     REFUSED = "refused"  # the machine answers, nothing listens on the port
+    HERE = "here"  # nothing listens on the port of this machine itself, which is what the address means
     UNREACHABLE = "unreachable"  # no route, or the network is down
     TIMEOUT = "timeout"  # no answer in time
     CERTIFICATE = "certificate"  # not the certificate that was promised

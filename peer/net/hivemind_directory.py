@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import random
+import re
 import socket
 import stat
 import tempfile
@@ -44,6 +45,8 @@ _CLOCK_SLACK_S = 10.0
 _SUBKEYS_MAX = 2048  # with 1 KiB a record and its envelope this stays below the 4 MiB that breaks hivemind's messages
 _DAEMON_MESSAGE_BYTES_MAX = 4 << 20
 _STALE_SOCKET_S = 120.0
+_BACKOFF = "dial backoff"  # libp2p tried a moment ago, and does not say again why that failed
+_DIALED = re.compile(r"^\[[^\]]*\] (dial tcp\d? \S+: (connect: )?)?")
 
 # hivemind logs at length, and as errors what is none. What matters reaches people through `notice` and DirectoryError.
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)
@@ -144,7 +147,7 @@ class HivemindDirectory:
     kind = "hivemind"
 
     def __init__(self, settings: DirectorySettings) -> None:
-        self.reason = "hivemind's DHT works here"
+        self.reason = "hivemind's daemon runs here"
         self._settings = settings
         self._node: Any = None
         self._problem = "the directory has not been opened yet"
@@ -279,11 +282,11 @@ class HivemindDirectory:
             with suppress(DirectoryError):
                 await _bounded(node.find_nearest_nodes([node.node_id]), _CALL_S, "filling the routing table")
         if self._peers() or not results:
-            self._problem = ""
-            self._tell(f"the directory is connected to {self._peers()} nodes" if results else "the directory is open")
+            self._well()
             await self._remember()
         else:
-            self._problem = "no bootstrap answers: " + "; ".join(problems)
+            if not (self._problem and all(_BACKOFF in problem for problem in problems)):
+                self._problem = "no bootstrap answers: " + "; ".join(problems)
             self._tell(self._problem)
 
     async def _meet(self, node: Any, address: str) -> str:
@@ -351,8 +354,7 @@ class HivemindDirectory:
             await self._introduce()
         elif self._problem:
             # A node that could reach nobody was met by somebody.
-            self._problem = ""
-            self._tell(f"the directory is connected to {peers} nodes")
+            self._well()
         await self._remember()
         return not self._settings.bootstraps or self._peers() > 0
 
@@ -368,6 +370,12 @@ class HivemindDirectory:
         infos = await _bounded(self._node.p2p.list_peers(), _CALL_S, "asking the daemon")
         addresses = {f"{i.addrs[0]}/p2p/{i.peer_id}" for i in infos if i.addrs and str(i.peer_id) in serving}
         self._good_peers = tuple(sorted(a for a in addresses if "/tcp/" in a))[:32]
+
+    def _well(self) -> None:
+        """Nothing is wrong, which is worth a notice only after one that said what was."""
+        self._problem = ""
+        if self._told:
+            self._tell(f"the directory is connected to {self._peers()} nodes")
 
     def _tell(self, sentence: str) -> None:
         if sentence != self._told:
@@ -453,5 +461,5 @@ def _pause_s(check_s: float, failures: int) -> float:
 
 
 def _last_reason(text: str) -> str:
-    """The end of a libp2p error, which holds the cause; what goes before names every layer it passed."""
-    return clean(text.strip().rpartition("\n")[2].strip(" *")[-200:])
+    """The end of a libp2p error, which holds the cause; what goes before names every layer and address it passed."""
+    return clean(_DIALED.sub("", text.strip().rpartition("\n")[2].strip(" *"))[-200:])

@@ -154,6 +154,9 @@ def _connect_error(error: Exception, address: str, host: str, timeout_s: float) 
         reason = f"something listens at {address} but it does not speak TLS: check the port"
         return LinkError(LinkFailure.NOT_OURS, reason, retryable=True)
     if isinstance(error, ConnectionRefusedError) or (isinstance(error, OSError) and "refused" in str(error).lower()):
+        if is_loopback(host):
+            reason = f"nothing listens at {address}, which is this machine itself"
+            return LinkError(LinkFailure.HERE, reason, retryable=True)
         return LinkError(LinkFailure.REFUSED, f"nothing listens at {address}", retryable=True)
     if isinstance(error, ConnectionResetError):
         reason = f"{address} closed the connection at once: it is shutting down, or something else listens there"

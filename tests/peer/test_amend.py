@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
@@ -512,7 +513,7 @@ def test_a_live_run_is_amended_paused_taken_back_and_rid_of_a_peer(tmp_path: Pat
         aggregator = swarm.aggregator()
         one, two = swarm.peer("one"), swarm.peer("two")
         one.wait_for(lambda event: event["event"] == "round" and event["round"] >= 3, 60)
-        act("amend", str(run), "--set", "inner.learning_rate=0.001", "--from", "+3")
+        act("amend", str(run), "--set", "inner.learning_rate=0.001", "--set", "inner.steps=5", "--from", "+3")
         second = aggregator.wait_event("amendment", number=2)
         first = int(second["says"].split()[2])
         one.wait_for(lambda event: event["event"] == "round" and event["round"] > first, 60)
@@ -531,6 +532,12 @@ def test_a_live_run_is_amended_paused_taken_back_and_rid_of_a_peer(tmp_path: Pat
         banned = two.wait_event("not training")["round"]
         one.wait_for(lambda event: event["event"] == "round" and event["round"] > banned, 60)
         assert "BANNED" in act("peers", str(run))
+        late.kill()
+        told = len(late.log.read_text())
+        again = swarm.peer("late")
+        again.wait_for(lambda event: event["event"] == "round" and event["tokens"] > 0, 60)
+        steps = re.findall(r"progress .* step \d+/(\d+) ", again.log.read_text()[told:])
+        assert set(steps) == {"5"}, "who comes back shows the amended steps"
     records = ledger(run)
     assert back["round"] == paused and records[paused].state_root == records[1].state_root
     for peer in (one, two, late):

@@ -110,9 +110,29 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], capfd: pytest.Capt
     assert "usage: sparseloco-peer" in capfd.readouterr().err
 
 
+def test_the_version_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and re.fullmatch(r"sparseloco-peer \d+\.\d+\.\d+\n", capfd.readouterr().out)
+
+
 @pytest.mark.parametrize("text", ["", "hello", "slp1", "slp2abcdef", "slp1!!!", "/no/such/invite.txt"])
 def test_join_with_what_is_no_invite(text: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     check_refused(capfd, "SL203", "join", text, "--home", tmp_path / "home")
+
+
+def test_join_with_a_file_that_stayed_on_the_other_machine(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["join", "my-run/invite.txt", "--home", str(tmp_path / "home")]) == 1
+    assert "'my-run/invite.txt' is no file here" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["aggregate"], ["bootstrap"], ["audit"], ["generate"], ["export", "--out", "model"], ["run", "pause"]],
+    ids=lambda words: words[0],
+)
+def test_an_invite_where_a_folder_is_needed(run: Path, capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
+    check_refused(capfd, "SL820", *words, (run / "invite.txt").read_text().strip())
 
 
 def test_join_with_a_damaged_invite(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +221,21 @@ def test_run_new_with_a_bad_address(
     settings: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     check_refused(capfd, "SL820", "run", "new", settings, "--out", tmp_path / "run", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [
+        ("127.0.0.1", "only peers on it can take part. To let others in: sparseloco-peer run invite"),
+        ("192.0.2.7", "Others must reach 192.0.2.7 on TCP ports 7700 and 7701"),
+    ],
+)
+def test_run_new_says_who_can_take_part(
+    settings: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], host: str, told: str
+) -> None:
+    assert main(["run", "new", str(settings), "--out", str(tmp_path / "run"), "--host", host]) == 0
+    out, err = capfd.readouterr()
+    assert told in err and Invite.from_text(out).addresses == (f"{host}:7700",)
 
 
 @pytest.mark.parametrize("command", ["aggregate", "bootstrap"])

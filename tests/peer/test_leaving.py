@@ -142,6 +142,7 @@ def test_whoever_leaves_sends_what_is_done_and_the_residual_survives(tmp_path: P
         press_ctrl_c(one)
         assert one.wait_end(END_S) == 0, one.told()
         assert "leaving; Ctrl+C again leaves at once" in one.told() and "finishing: before_leaving=" in one.told()
+        assert "The same command goes on." in one.told() and "the first round closes when 2 peers" in one.told()
         command("finish", tmp_path / "two")
         assert two.wait_end(END_S) == 0, two.told()
         aggregator.wait_event("round closed", READY_S, 1)
