@@ -136,6 +136,7 @@ class Finder:
         self.book = AdBook(invite.run_id)
         self._invite, self._home = invite, home
         self._directory: Directory = StaticDirectory("it has not been opened yet")
+        self._unhelpful: str | None = None  # why it did not help the last time, which is told once
         self._folder = home.path / "runs" / invite.run_id.hex()
         self._link: Link | None = None
         self._recall()
@@ -176,7 +177,9 @@ class Finder:
                 others = [key + value for key, value in found.items() if key not in self._keys]
                 strangers.add_all(others[:STRANGERS_MAX], found)
         except (DirectoryError, TimeoutError) as error:
-            log.warning("the directory did not help", why=str(error))
+            if str(error) != self._unhelpful:
+                log.warning("the directory did not help", why=str(error))
+            self._unhelpful = str(error)
         by_key = self.book.places()
         by_key.setdefault(invite.aggregator_key, [])
         by_key[invite.aggregator_key] += [

@@ -8,11 +8,13 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from peer.aggregator import Aggregator, append_record
 from peer.core.replica import initial_state
 from peer.find import DHT_TTL_S, AdBook, Finder, sign_ad
 from peer.follow import Follower, stored_head
+from peer.net.directory import bootstrap_multiaddr
 from peer.net.errors import LinkError
 from peer.net.messages import Aggregators, WatchEvent
 from peer.net.service import serve
@@ -26,7 +28,7 @@ from protocol.invite import Invite
 from protocol.ledger import CloseReason, Kind, RoundRecord, sign_record
 from protocol.records import Ad
 from protocol.run import RunConfig, SignedRun, parse_settings
-from tests.peer.swarm import SETTINGS
+from tests.peer.swarm import SETTINGS, free_port
 
 pytestmark = pytest.mark.net
 
@@ -157,6 +159,20 @@ def test_the_newest_ad_of_each_aggregator_counts_and_forged_ones_do_not(house: H
     assert not book.add_all([stranger, b"x", house.ad(1, 1003)[:-1]], house.run.aggregators)
     assert book.add_all([b"x", house.ad(1, 1003)], house.run.aggregators)
     assert len(book.signed()) == 2 and len(book.signed(but=house.keys[1].public)) == 1
+
+
+@pytest.mark.slow
+async def test_a_directory_without_bootstraps_is_told_of_once(house: House, tmp_path: Path) -> None:
+    dead = bootstrap_multiaddr(PrivateKey.generate().public, "127.0.0.1", free_port())
+    invite = dataclasses.replace(house.invite(free_port()), bootstraps=(dead,))
+    with capture_logs() as logs:
+        finder = await Finder.open(invite, Home(tmp_path))
+        try:
+            for _ in range(3):
+                assert [place.address for place in await finder.places()] == list(invite.addresses)
+        finally:
+            await finder.close()
+    assert [log["event"] for log in logs].count("the directory did not help") == 1
 
 
 async def test_a_peer_remembers_where_the_standby_is_when_the_leader_is_gone(house: House, tmp_path: Path) -> None:
