@@ -35,7 +35,7 @@ from protocol.identity import NO_DIGEST, PrivateKey, merkle_root_of_hashes
 from protocol.layout import piece_hashes, state_pieces
 from protocol.ledger import Entry, Kind, RoundRecord, Verdict, check_record, genesis_record, sign_record
 from protocol.limits import AMENDMENTS_PER_RECORD_MAX, CLIP_ONE
-from protocol.packet import PacketHeader, check_claims
+from protocol.packet import PACKET_HEADER_BYTES, PacketHeader, check_claims
 from protocol.round import (
     Accept,
     AggregatorEvent,
@@ -581,11 +581,20 @@ class Aggregator:
         )
 
     def _packets_of_open_round(self) -> list[Arrived]:
-        """Packets that had their receipts before a crash still count."""
+        """Packets that had their receipts before a crash still count, if they began from our head."""
         rows = self._folder.journal.packets(self.head.round + 1)
         return [
-            Arrived(row.peer, row.digest, row.tokens, row.inner_steps) for row in rows if row.peer not in self._banned
+            Arrived(row.peer, row.digest, row.tokens, row.inner_steps)
+            for row in rows
+            if row.peer not in self._banned and self._base_root(row.digest) == self.head.state_root
         ]
+
+    def _base_root(self, digest: bytes) -> bytes:
+        """What a stored packet began from: another state where a takeover has changed the round before."""
+        path = self._folder.blobs.path("packet", digest.hex())
+        assert path is not None, "a packet is stored before it is noted"
+        with path.open("rb") as file:
+            return PacketHeader.from_bytes(file.read(PACKET_HEADER_BYTES)).base_root
 
     def _contributors(self) -> frozenset[bytes]:
         """Whose packets counted in the last round in which any did: they are expected back."""

@@ -8,12 +8,14 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
+import torch
 from structlog.testing import capture_logs
 
 from peer.aggregator import Aggregator, append_record
-from peer.core.replica import initial_state
+from peer.core.replica import Replica, initial_state
 from peer.find import DHT_TTL_S, AdBook, Finder, sign_ad
 from peer.follow import Follower, stored_head
+from peer.journal import PacketRow
 from peer.net.directory import bootstrap_multiaddr
 from peer.net.errors import LinkError
 from peer.net.messages import Aggregators, WatchEvent
@@ -26,8 +28,10 @@ from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST, PrivateKey
 from protocol.invite import Invite
 from protocol.ledger import CloseReason, Kind, RoundRecord, sign_record
+from protocol.packet import make_packet
 from protocol.records import Ad
 from protocol.run import RunConfig, SignedRun, parse_settings
+from protocol.wire import packet_to_wire
 from tests.peer.swarm import SETTINGS, free_port
 
 pytestmark = pytest.mark.net
@@ -321,3 +325,17 @@ async def test_a_new_leader_yields_as_long_as_it_has_no_record_of_its_own(house:
             program.consider(record, leads=leads)
             assert program.superseded.done() is yields, (record.round, leads)
             await program.close()
+
+
+async def test_packets_that_began_from_another_state_are_not_taken_up(house: House) -> None:
+    run, sections = house.run, Replica(house.run, torch.device("cpu"), torch.float32).make_contribution()
+    with closing(house.ledger("taken-up", [house.genesis])) as folder:
+        packets = []
+        for base_root in (house.genesis.state_root, bytes(32)):
+            packet = make_packet(run, PrivateKey.generate(), 1, base_root, 64, 1, sections)
+            folder.blobs.put("packet", packet.header.digest.hex(), packet_to_wire(packet, run))
+            folder.journal.add_packet(PacketRow(packet.header.digest, 1, packet.header.peer, 64, 1, 1))
+            packets.append(packet.header)
+        program = await lead(house, folder, 0)
+        assert [program.round.holds(packet.peer, packet.digest) for packet in packets] == [True, False]
+        await program.close()
