@@ -1,14 +1,15 @@
-"""This client beside hivemind's Optimizer, in one run.
+"""This client beside hivemind's Optimizer and torchft's DiLoCo, in one run.
 
 Both train the same model with the same inner AdamW on the same windows of the same text. Each peer is a process
 behind a link of the same speed in both directions, on one thread, with inner steps that take at least a fixed time.
 
     python -m bench.swarm                                        # the demo's model at 1000, 100 and 20 Mbit/s
-    python -m bench.swarm --model 10m --peers 2 --rounds 6 --mbit 20
+    python -m bench.swarm --model 10m --peers 2 --rounds 6 --mbit 20 --points 1
 """
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,18 +20,17 @@ import torch
 from bench.swarm import ours, theirs
 from bench.swarm.case import MODELS, Case, Went, settings_of
 from bench.swarm.links import Link, possible
-from bench.swarm.plan import DELAYED, LOCAL
 
 HEAD = ("side", "inner", "s/round", "up", "down", "CPU s", "step s", "step CPU", "final loss", "at equal time")
 
 
-def sides(case: Case, folder: Path, modes: Sequence[str]) -> Iterator[Went]:
+def sides(case: Case, folder: Path, others: Sequence[str]) -> Iterator[Went]:
     """Train each side in turn."""
     off, trained = ours.train(case, folder / "off", overlap=False)
     yield off
     yield ours.train(case, folder / "on", overlap=True)[0]
-    for mode in modes:
-        yield theirs.train(case, trained, folder / mode, mode)
+    for side in others:
+        yield theirs.train(case, trained, folder / side, side)
 
 
 def row(went: Went, equal_s: float) -> str:
@@ -65,20 +65,23 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--model", choices=sorted(MODELS), default="demo")
-    parser.add_argument("--hivemind", choices=(LOCAL, DELAYED), nargs="+", default=[LOCAL, DELAYED], help="its modes")
+    parser.add_argument("--others", choices=theirs.LABELS, nargs="+", default=list(theirs.LABELS), help="other sides")
     parser.add_argument("--step-s", type=float, help="least seconds of an inner step")
+    parser.add_argument("--points", type=int, default=12, help="how often the loss is evaluated")
     parser.add_argument("--seed", type=int, default=1, help="of the order of the text")
     options = parser.parse_args()
     if not possible():
         sys.exit(
             "needs Linux, the rights of root, /dev/net/tun and ip(8): links are network namespaces with TUN devices"
         )
+    # So that namespaces and processes are taken away then too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     torch.set_num_threads(1)
     settings = settings_of(options.model, peers=options.peers, rounds=options.rounds, seed=options.seed)
     step_s = options.step_s or MODELS[options.model][1]
     names = tuple(f"peer{number}" for number in range(1, options.peers + 1))
     for mbit in options.mbit:
-        case = Case(settings, names, step_s, Link(1e6 * mbit, 1e6 * mbit), options.latency_ms / 1000)
+        case = Case(settings, names, step_s, Link(1e6 * mbit, 1e6 * mbit), options.latency_ms / 1000, options.points)
         print(
             f"\n{options.model}: {options.peers} peers at {mbit:g} Mbit/s up and down, "
             f"{options.latency_ms:g} ms round trip, {options.rounds} rounds of {settings.inner.steps} inner steps "
@@ -87,7 +90,7 @@ def main() -> None:
         )
         with tempfile.TemporaryDirectory() as folder:
             found = []
-            for went in sides(case, Path(folder), options.hivemind):
+            for went in sides(case, Path(folder), options.others):
                 found.append(went)
                 print(f"  {went.label}: {went.note}; load {os.getloadavg()[0]:.1f}", flush=True)
         equal_s = min(went.curve[-1].seconds for went in found)

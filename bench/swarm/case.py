@@ -10,7 +10,6 @@ from peer.demo import SETTINGS
 from protocol.run import RunSettings, parse_settings
 
 AGGREGATOR = "aggregator"
-POINTS = 12
 SERVER = Link(1e9, 1e9)
 MODELS = {"demo": (16, 0.25), "10m": (30, 1.8)}  # inner steps a round, seconds of one
 
@@ -24,6 +23,8 @@ class Case:
     step_s: float
     link: Link
     round_trip_s: float
+    points: int
+    """After how many rounds the loss is evaluated."""
 
     @property
     def matchmaking_s(self) -> float:
@@ -58,9 +59,9 @@ class Went:
         return [point.loss for point in self.curve if point.seconds <= seconds or point is self.curve[0]][-1]
 
 
-def looked_at(rounds: int) -> list[int]:
-    """The rounds after which the loss is evaluated: about a dozen, and the last."""
-    every = max(1, rounds // POINTS)
+def looked_at(rounds: int, points: int) -> list[int]:
+    """About so many rounds, evenly spread, with the last one."""
+    every = max(1, rounds // points)
     return [*range(every, rounds, every), rounds]
 
 

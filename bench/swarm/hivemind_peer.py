@@ -1,60 +1,23 @@
-"""One hivemind peer, a process of its own: `python -m bench.swarm.hivemind_peer PLAN.json`, inside its namespace.
+"""One peer of hivemind's Optimizer, by its two nearest modes."""
 
-It trains this client's model with this client's inner optimizer on the windows that the plan names; everything that
-travels is hivemind's. It says on standard output where it listens, begins at a line on standard input, and leaves its
-parameters after each round in a file.
-"""
-
-import argparse
-import json
 import logging
-import math
-import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import hivemind
-import numpy as np
-import torch
 from hivemind.compression import Float16Compression
-from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from bench.swarm.meter import Pacer
-from bench.swarm.plan import LOCAL, Plan
-from peer.core.inner import learning_rate
-from peer.solo import Bench
-from protocol.run import RunConfig
-
-TIMEOUT_S = 120.0
+from bench.swarm.loop import Clocked, Loop, main
+from bench.swarm.plan import HIVEMIND_LOCAL, TIMEOUT_S, Plan
 
 
-class _Clocked:
-    """Times an optimizer's own step, which hivemind makes in a thread of its own."""
-
-    def __init__(self, adam: Optimizer) -> None:
-        self._began = (0.0, 0.0)
-        self.took = (0.0, 0.0)
-        """Seconds and processor seconds of the last step."""
-        adam.register_step_pre_hook(self._before)
-        adam.register_step_post_hook(self._after)
-
-    def _before(self, *_: object) -> None:
-        self._began = (time.monotonic(), time.thread_time())
-
-    def _after(self, *_: object) -> None:
-        self.took = (time.monotonic() - self._began[0], time.thread_time() - self._began[1])
-
-
-class Training:
-    """The loop around hivemind's optimizer."""
+class HivemindLoop(Loop):
+    """hivemind.Optimizer around the inner optimizer."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.run = plan, RunConfig.from_json(plan.run.encode("ascii"))
-        self.bench = Bench(self.run, Path(plan.data), threads=1)
-        self.inner = self.bench.replica.inner
+        super().__init__(plan)
+        self.averaged = _Count()
+        logging.getLogger("hivemind").addHandler(self.averaged)
         self.dht: Any = hivemind.DHT(
             initial_peers=plan.first,
             host_maddrs=[f"/ip4/{plan.address}/tcp/0"],
@@ -64,7 +27,7 @@ class Training:
             auto_nat=False,
             nat_port_map=False,
         )
-        self.optimizer: Any = self._local() if plan.mode == LOCAL else self._delayed()
+        self.optimizer: Any = self._local() if plan.side == HIVEMIND_LOCAL else self._delayed()
 
     def _common(self) -> dict[str, Any]:
         inner, peers = self.run.inner, self.plan.peers
@@ -86,15 +49,14 @@ class Training:
 
     def _local(self) -> object:
         """Parameters averaged every round, its nearest mode; the averaging is delayed as far as it allows."""
-        self.adam: Optimizer = self.inner._adam
-        self._clocked = _Clocked(self.adam)
+        self.clocked = Clocked(self.adam)
         return hivemind.Optimizer(
             optimizer=self.adam, use_local_updates=True, delay_state_averaging=True, **self._common()
         )
 
     def _delayed(self) -> object:
         """Gradients of a whole round averaged while the next is computed, its mode that hides the network."""
-        inner = self.run.inner
+        inner, groups = self.run.inner, [dict(group) for group in self.adam.param_groups]
 
         def make(groups: Any) -> Optimizer:
             betas = (inner.adam_beta1, inner.adam_beta2)
@@ -102,7 +64,7 @@ class Training:
             return self.adam
 
         return hivemind.Optimizer(
-            params=[dict(group) for group in self.inner._adam.param_groups],
+            params=groups,
             optimizer=make,
             delay_optimizer_step=True,
             delay_grad_averaging=True,
@@ -112,56 +74,29 @@ class Training:
             **self._common(),
         )
 
-    def _batches(self) -> Iterator[Tensor]:
-        for round in range(1, self.run.outer.rounds + 1):
-            inner, key = self.run.inner, bytes.fromhex(self.plan.key)
-            for batch in self.bench.data.training_batches(round, key, inner.steps, inner.batch_size):
-                yield torch.from_numpy(batch)
+    def places(self) -> list[str]:
+        """Where its DHT or lighthouse listens."""
+        return [str(place) for place in self.dht.get_visible_maddrs() if self.plan.address in str(place)]
 
-    def _gradient(self, batch: Tensor) -> float:
-        """The other side's inner step without its last line, the optimizer's."""
-        flat = self.inner.flat
-        loss = float(self.inner.backward(batch, 0, torch.float32))
-        norm = torch.linalg.vector_norm(flat.gradients)
-        assert math.isfinite(loss) and math.isfinite(float(norm)), "training diverged"
-        flat.gradients.mul_((self.run.inner.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        return loss
+    def settle(self) -> None:
+        """Its step."""
+        self.optimizer.step()
 
-    def train(self) -> None:
-        """Do all inner steps and write down the parameters after each round."""
-        pacer = Pacer(Path(self.plan.steps_path), self.plan.step_s)
-        per_round, total_steps = self.run.inner.steps, self.run.inner.steps * self.run.outer.rounds
-        local = self.plan.mode == LOCAL
-        states, times = [], []
-        for step, batch in enumerate(self._batches()):
-
-            def work(batch: Tensor = batch) -> float:
-                return self._gradient(batch)
-
-            # The optimizer's own step comes later; that of the step before tells how long it takes.
-            pacer.step(work, lambda: self._clocked.took if local else (0.0, 0.0))
-            for group in self.adam.param_groups:
-                group["lr"] = learning_rate(self.run.inner, step, step, total_steps)
-            self.optimizer.step()
-            if (step + 1) % per_round == 0:
-                states.append(self.inner.flat.values.numpy().copy())
-                times.append(time.monotonic())
-        self.optimizer.state_averager.step(wait_for_delayed_updates=True)
-        np.savez(self.plan.states_path, states=np.stack(states), times=np.array(times))
+    def averagings(self) -> int:
+        """How often it said so."""
+        return self.averaged.count
 
 
-def main() -> None:
-    """Start, say where, wait for the word, train, and stay until killed so that the others can finish."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", type=Path)
-    logging.getLogger("hivemind").setLevel(logging.INFO)
-    training = Training(Plan.load(parser.parse_args().plan))
-    print(json.dumps([str(address) for address in training.dht.get_visible_maddrs()]), flush=True)
-    sys.stdin.readline()
-    training.train()
-    print("finished", flush=True)
-    sys.stdin.readline()
+class _Count(logging.Handler):
+    """Counts the averagings that hivemind tells of: its step returns the same whether one has failed."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += record.getMessage().startswith("Averaged ")
 
 
 if __name__ == "__main__":
-    main()
+    main(HivemindLoop)

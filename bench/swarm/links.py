@@ -94,6 +94,10 @@ class Network:
         """The namespace of this machine."""
         return f"swarm{os.getpid()}-{name}"
 
+    def interface(self, name: str) -> str:
+        """The interface of this machine in its namespace."""
+        return f"sl{os.getpid()}-{self._names.index(name)}"
+
     def address(self, name: str) -> str:
         """The IPv4 address of this machine."""
         return f"{SUBNET}.{self._names.index(name) + 1}"
@@ -122,9 +126,8 @@ class Network:
         return sum(port.dropped for port in self._ports.values())
 
     def _join(self, name: str) -> None:
-        namespace, number = self.namespace(name), self._names.index(name)
+        namespace, interface = self.namespace(name), self.interface(name)
         device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-        interface = f"sl{os.getpid()}-{number}"
         fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH22x", interface.encode(), TUN_L3_WITH_HEADER))
         fcntl.ioctl(device, TUNSETOFFLOAD, OFFLOAD)
         port = _Port(device, self._links[name])

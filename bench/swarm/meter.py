@@ -1,6 +1,5 @@
 """The one ruler for both sides: inner steps by pace and clock, bytes by link, processor time by namespace."""
 
-import bisect
 import os
 import threading
 import time
@@ -9,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from bench.swarm.links import Network, enter, processes
@@ -34,8 +34,7 @@ class Pacer:
     """
 
     def __init__(self, path: Path, step_s: float) -> None:
-        self._file = path.open("a", buffering=1)
-        self._step_s = step_s
+        self._path, self._step_s = path, step_s
 
     def step(
         self, work: Callable[[], float], elsewhere: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
@@ -46,7 +45,9 @@ class Pacer:
         cpu_s = time.thread_time() - cpu_s
         more_s, more_cpu_s = elsewhere()
         time.sleep(max(0.0, began_s + self._step_s - more_s - time.monotonic()))
-        self._file.write(f"{began_s} {time.monotonic() - began_s + more_s} {cpu_s + more_cpu_s}\n")
+        seconds = time.monotonic() - began_s + more_s
+        with self._path.open("a") as file:
+            file.write(f"{began_s} {seconds} {cpu_s + more_cpu_s}\n")
         return loss
 
 
@@ -142,14 +143,10 @@ class Sampler:
 
     def at(self, name: str, moment_s: float) -> Used:
         """What it had used at this moment of the monotonic clock; between two samples in proportion."""
-        times, used = self._times, self._used[name]
-        index = min(max(1, bisect.bisect(times, moment_s)), len(times) - 1)
-        before, after = used[index - 1], used[index]
-        share = min(1.0, max(0.0, (moment_s - times[index - 1]) / (times[index] - times[index - 1])))
-        change = after - before
-        return Used(
-            before.up + share * change.up, before.down + share * change.down, before.cpu_s + share * change.cpu_s
-        )
+        times = list(self._times)
+        used = self._used[name][: len(times)]
+        columns = ([each.up for each in used], [each.down for each in used], [each.cpu_s for each in used])
+        return Used(*(float(np.interp(moment_s, times, column)) for column in columns))
 
 
 @dataclass(frozen=True)

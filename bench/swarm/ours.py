@@ -48,7 +48,7 @@ def train(case: Case, folder: Path, *, overlap: bool) -> tuple[Went, Trained]:
     steps = {name: steps_of(folder / f"{name}.steps") for name in case.peers}
     began_s = min(each[0].began_s for each in steps.values())
     records, bench, curve, tokens = swarm.records(), Bench(swarm.run, data, threads=1), [], 0
-    wanted = {0, *looked_at(len(records) - 1)}
+    wanted = {0, *looked_at(len(records) - 1, case.points)}
     with swarm.store() as store:
         for round, state in replay(store, swarm.run, 0, len(records) - 1):
             entries = [entry for entry in records[round].entries if entry.verdict == Verdict.ACCEPTED]

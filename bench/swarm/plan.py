@@ -1,11 +1,13 @@
-"""What one hivemind peer is told by the process that starts it."""
+"""What one peer of another system is told by the process that starts it."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-LOCAL, DELAYED = "local", "delayed"
+TIMEOUT_S = 120.0
+HIVEMIND_LOCAL, HIVEMIND_DELAYED = "hivemind", "hivemind-delayed"
+TORCHFT, TORCHFT_STREAMING = "torchft", "torchft-streaming"
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class Plan:
     first: list[str]
     """Where the first peer listens; empty for the first."""
     peers: int
-    mode: str
-    """"local": parameters are averaged after so many local steps. "delayed": gradients are, in the background."""
+    side: str
+    """One of the names above."""
     step_s: float
     matchmaking_s: float
     steps_path: str

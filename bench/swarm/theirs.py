@@ -1,4 +1,4 @@
-"""hivemind's Optimizer: every peer behind its own link, the first one is where the others find the swarm."""
+"""hivemind's Optimizer and torchft's DiLoCo: every peer behind its own link; the first is where the others meet."""
 
 import json
 import os
@@ -15,16 +15,18 @@ from bench.swarm.case import Case, Point, Went, looked_at
 from bench.swarm.links import IP, Network, processes
 from bench.swarm.meter import Sampler, peer_of, steps_of
 from bench.swarm.ours import Trained
-from bench.swarm.plan import DELAYED, LOCAL, Plan
+from bench.swarm.plan import HIVEMIND_DELAYED, HIVEMIND_LOCAL, TORCHFT, TORCHFT_STREAMING, Plan
 from peer.solo import Bench
 
 LABELS = {
-    LOCAL: "hivemind, local updates, averaged every round",
-    DELAYED: "hivemind, gradients of a round averaged in the background",
+    HIVEMIND_LOCAL: "hivemind, local updates, averaged every round",
+    HIVEMIND_DELAYED: "hivemind, gradients of a round averaged in the background",
+    TORCHFT: "torchft DiLoCo",
+    TORCHFT_STREAMING: "torchft DiLoCo, averaging during half of the steps",
 }
 
 
-def train(case: Case, trained: Trained, folder: Path, mode: str) -> Went:
+def train(case: Case, trained: Trained, folder: Path, side: str) -> Went:
     """Train every peer through all its steps and measure it."""
     folder.mkdir()
     with ExitStack() as stack:
@@ -41,30 +43,30 @@ def train(case: Case, trained: Trained, folder: Path, mode: str) -> Went:
                 address=network.address(name),
                 first=first,
                 peers=len(case.peers),
-                mode=mode,
+                side=side,
                 step_s=case.step_s,
                 matchmaking_s=case.matchmaking_s,
                 steps_path=str(folder / f"{name}.steps"),
                 states_path=str(folder / f"{name}.npz"),
             )
             plan.save(folder / f"{name}.json")
-            started.append(_start(network.namespace(name), folder / name))
+            started.append(_start(network, name, side, folder / name))
             found = json.loads(_line(started[-1], folder / name))
-            first = first or [address for address in found if network.address(name) in address]
+            first = first or found
         for process in started:
             assert process.stdin is not None
             process.stdin.write("begin\n")
             process.stdin.flush()
-        for process, name in zip(started, case.peers, strict=True):
-            _line(process, folder / name)
-    return _told(
-        case, trained, folder, sampler, mode, f"router {network.router_cpu_s:.1f} CPU s, {network.dropped()} drops"
-    )
+        ends = [_line(process, folder / name) for process, name in zip(started, case.peers, strict=True)]
+    note = f"averaged {'/'.join(map(str.strip, ends))} times"
+    note += f"; router {network.router_cpu_s:.1f} CPU s, {network.dropped()} drops"
+    return _told(case, trained, folder, sampler, side, note)
 
 
-def _told(case: Case, trained: Trained, folder: Path, sampler: Sampler, mode: str, note: str) -> Went:
+def _told(case: Case, trained: Trained, folder: Path, sampler: Sampler, side: str, note: str) -> Went:
     inner = trained.run.inner
-    steps = {name: steps_of(folder / f"{name}.steps") for name in case.peers}
+    all_steps = inner.steps * trained.run.outer.rounds
+    steps = {name: steps_of(folder / f"{name}.steps")[:all_steps] for name in case.peers}
     began_s = min(each[0].began_s for each in steps.values())
     bench = Bench(trained.run, trained.data, threads=1)
     files = [np.load(folder / f"{name}.npz") for name in case.peers]
@@ -72,20 +74,20 @@ def _told(case: Case, trained: Trained, folder: Path, sampler: Sampler, mode: st
     times = np.stack([file["times"] for file in files])
     genesis = bench.replica.outer.numpy().copy()
     curve = [Point(0.0, 0, bench.loss_of(genesis))]
-    for round in looked_at(trained.run.outer.rounds):
+    for round in looked_at(trained.run.outer.rounds, case.points):
         # At the same number of steps: averaging in between does not change their mean.
         mean: NDArray[np.float32] = np.stack([each[round - 1] for each in states]).mean(axis=0)  # f32[N]
         tokens = round * trained.run.nominal_tokens * len(case.peers)
         curve.append(Point(float(times[:, round - 1].max()) - began_s, tokens, bench.loss_of(mean)))
     spread = float(np.linalg.norm(states[0][-1] - states[1][-1]) / np.linalg.norm(states[0][-1]))
-    averaged = [(folder / f"{name}.log").read_text().count("Averaged ") for name in case.peers]
-    note = f"averagings {averaged} of {trained.run.outer.rounds}, peers apart by {spread:.2%} at the end; {note}"
+    note = f"peers apart by {spread:.2%} at the end; {note}"
     peers = [peer_of(sampler, name, steps[name], inner.steps) for name in case.peers]
-    return Went(LABELS[mode], peers, curve, note)
+    return Went(LABELS[side], peers, curve, note)
 
 
-def _start(namespace: str, stem: Path) -> subprocess.Popen[str]:
-    command = [IP, "netns", "exec", namespace, sys.executable, "-m", "bench.swarm.hivemind_peer", f"{stem}.json"]
+def _start(network: Network, name: str, side: str, stem: Path) -> subprocess.Popen[str]:
+    program = f"bench.swarm.{side.partition('-')[0]}_peer"
+    command = [IP, "netns", "exec", network.namespace(name), sys.executable, "-m", program, f"{stem}.json"]
     with Path(f"{stem}.log").open("w") as log:
         return subprocess.Popen(
             command,
@@ -94,7 +96,7 @@ def _start(namespace: str, stem: Path) -> subprocess.Popen[str]:
             stderr=log,
             text=True,
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": network.interface(name)},
         )
 
 
