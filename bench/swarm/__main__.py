@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,6 +32,11 @@ def sides(case: Case, folder: Path, others: Sequence[str]) -> Iterator[Went]:
     yield ours.train(case, folder / "on", overlap=True)[0]
     for side in others:
         yield theirs.train(case, trained, folder / side, side)
+
+
+def there() -> list[str]:
+    """The other sides whose packages are installed."""
+    return [side for side in theirs.LABELS if find_spec(side.partition("-")[0]) is not None]
 
 
 def row(went: Went, equal_s: float) -> str:
@@ -65,7 +71,7 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--model", choices=sorted(MODELS), default="demo")
-    parser.add_argument("--others", choices=theirs.LABELS, nargs="+", default=list(theirs.LABELS), help="other sides")
+    parser.add_argument("--others", choices=theirs.LABELS, nargs="+", default=there(), help="other sides")
     parser.add_argument("--step-s", type=float, help="least seconds of an inner step")
     parser.add_argument("--points", type=int, default=12, help="how often the loss is evaluated")
     parser.add_argument("--seed", type=int, default=1, help="of the order of the text")

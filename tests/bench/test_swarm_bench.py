@@ -87,18 +87,14 @@ def test_namespaces_are_gone_afterwards() -> None:
 def test_the_steady_part_leaves_out_the_first_round_and_the_last(tmp_path: Path) -> None:
     path = tmp_path / "steps"
     # Four rounds of two steps of a second, each round followed by a wait of two; a longer first and last step.
-    path.write_text("".join(f"{4 * round + place} {seconds} 0.25\n" for round, place, seconds in (
-        (0, 0, 3), (0, 1, 1), (1, 0, 1), (1, 1, 1), (2, 0, 1), (2, 1, 1), (3, 0, 1), (3, 1, 9)
-    )))  # fmt: skip
+    seconds = ((3, 1), (1, 1), (1, 1), (1, 9))
+    lines = [f"{4 * round + place} {seconds[round][place]} 0.25\n" for round in range(4) for place in range(2)]
+    path.write_text("".join(lines))
     with Network({"a": Link(1e6, 1e6)}, 0.0) as network, Sampler(network, ("a",)) as sampler:
         time.sleep(1.5)  # two samples
         peer = peer_of(sampler, "a", steps_of(path), 2)
     assert (peer.inner_share, peer.round_s, peer.step_s, peer.step_cpu_s) == (0.5, 4.0, 1.0, 0.25)
-    assert (peer.up, peer.down, peer.cpu_s) == (
-        0,
-        0,
-        -0.5,
-    )  # nothing ran there, so only the steps' own time is taken off
+    assert (peer.up, peer.down, peer.cpu_s) == (0, 0, -0.5)
 
 
 def test_a_step_is_not_shorter_than_its_pace_and_holds_what_is_done_elsewhere(tmp_path: Path) -> None:
