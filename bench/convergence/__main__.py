@@ -27,8 +27,8 @@ from peer.data.prepare import Dataset
 class Runner:
     """Trains what is missing and says how it goes."""
 
-    def __init__(self, results: Results, cache: Path, deadline_s: float) -> None:
-        self.results, self.cache, self.deadline_s = results, cache, deadline_s
+    def __init__(self, results: Results, cache: Path, deadline_s: float, seeds: list[int]) -> None:
+        self.results, self.cache, self.deadline_s, self.seeds = results, cache, deadline_s, seeds
         self._s_per_work = 0.0
         self._text: dict[tuple[str, int], list[Dataset]] = {}
 
@@ -36,8 +36,9 @@ class Runner:
         """Train a part, seed after seed; whether it is complete."""
         while True:
             part = PARTS[name](base, self.results)
+            seeds = [seed for seed in part.seeds if not self.seeds or seed in self.seeds]
             missing = [
-                (trial, seed) for seed in part.seeds for trial in part.trials if not self.results.get(trial.setup, seed)
+                (trial, seed) for seed in seeds for trial in part.trials if not self.results.get(trial.setup, seed)
             ]
             if not missing:
                 return True
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("what", choices=("fetch", "run", "table", "plot"))
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="of the seeds of a part, only these")
     parser.add_argument("--hours", type=float, default=1000.0, help="begin no training that would end later")
     parser.add_argument("--results", type=Path, default=Path("build/bench/convergence.jsonl"))
     parser.add_argument("--cache", type=Path, default=Path("build/bench/data"), help="packages and token shards")
@@ -117,7 +119,7 @@ def main() -> None:
         if options.what == "fetch":
             corpus.fetch(options.cache)
         elif options.what == "run":
-            runner = Runner(results, options.cache, time.time() + 3600 * options.hours)
+            runner = Runner(results, options.cache, time.time() + 3600 * options.hours, options.seeds)
             for name in options.parts or PARTS:
                 if not runner.run(name, base):
                     break

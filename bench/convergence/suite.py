@@ -132,40 +132,58 @@ def ours(base: Setup, results: Results) -> Setup:
     return tuned(entries(base)[-1], results)
 
 
+LATE = {
+    "all in time": Weather(),
+    "30 % late, conserved": Weather(late=0.3),
+    "30 % late, drained": Weather(late=0.3, drained=True),
+}
+
+
 def late(base: Setup, results: Results) -> Part:
     """Does it pay to keep what a late packet took out of the residual?"""
     setup = ours(base, results)
-    weathers = {
-        "all in time": Weather(),
-        "30 % late, conserved": Weather(late=0.3),
-        "30 % late, drained": Weather(late=0.3, drained=True),
-    }
-    trials = [Trial(label, replace(setup, weather=weather)) for label, weather in weathers.items()]
+    trials = [Trial(label, replace(setup, weather=weather)) for label, weather in LATE.items()]
     return Part("Late packets: conserve the residual or drain it?", tuple(trials))
+
+
+def late_kinds(base: Setup, results: Results) -> Part:
+    """The same where nobody else knows what a late packet says."""
+    setup = replace(ours(base, results), domains=True)
+    trials = [Trial(label, replace(setup, weather=weather)) for label, weather in LATE.items()]
+    return Part("Late packets, one kind of text a peer: conserve or drain?", tuple(trials))
+
+
+def late_thin(base: Setup, results: Results) -> Part:
+    """The same with packets of a quarter of the values."""
+    setup = replace(ours(base, results), k=32)
+    trials = [Trial(label, replace(setup, weather=weather)) for label, weather in LATE.items()]
+    return Part("Late packets, k = 32: conserve or drain?", tuple(trials))
 
 
 def ablations(base: Setup, results: Results) -> Part:
     """One setting changed at a time."""
     setup = ours(base, results)
     trials = [Trial("default", setup)]
-    trials += [Trial(f"k = {k}", replace(setup, k=k)) for k in (16, 32, 64, 256, 512)]
+    trials += [Trial(f"k = {k}", replace(setup, k=k)) for k in (64, 512, 32, 256, 16)]
     trials += [
-        Trial(f"H = {steps}", replace(setup, steps=steps, rounds=setup.rounds * setup.steps // steps))
-        for steps in (5, 20, 40, 80)
-    ]
-    trials += [
+        Trial("quantizer fp32", replace(setup, quantizer="fp32")),
         Trial("no error feedback", replace(setup, error_feedback=False)),
-        *(Trial(f"beta = {beta}", replace(setup, beta=beta)) for beta in (0.8, 0.9, 0.99, 1.0)),
-        *(Trial(f"quantizer {kind}", replace(setup, quantizer=kind)) for kind in ("1 bit", "global grid", "fp32")),
+        *(Trial(f"H = {steps}", _with_steps(setup, steps)) for steps in (5, 40, 20, 80)),
+        *(Trial(f"beta = {beta}", replace(setup, beta=beta)) for beta in (0.9, 1.0, 0.99, 0.8)),
         *(Trial(f"alpha = {alpha}", replace(setup, outer_rate=alpha)) for alpha in (0.5, 0.7, 1.0, 1.4)),
-        Trial("rule mean", replace(setup, rule="mean")),
-        Trial("a third of the steps ahead", replace(setup, ahead=setup.steps // 3)),
+        Trial("half of the steps ahead", replace(setup, ahead=setup.steps // 2)),
+        *(Trial(f"R = {peers}, equal tokens", _with_peers(setup, peers)) for peers in (8, 2, 16)),
+        Trial("quantizer 1 bit", replace(setup, quantizer="1 bit")),
+        Trial("quantizer global grid", replace(setup, quantizer="global grid")),
         Trial("one kind of text a peer", replace(setup, domains=True)),
-        *(Trial(f"R = {peers}, equal tokens", _with_peers(setup, peers)) for peers in (2, 8, 16)),
     ]
     seen = dict.fromkeys(trial.setup for trial in trials)
     once = [next(trial for trial in trials if trial.setup == setup) for setup in seen]
     return Part("What does each setting do?", tuple(once), (0,))
+
+
+def _with_steps(setup: Setup, steps: int) -> Setup:
+    return replace(setup, steps=steps, rounds=setup.rounds * setup.steps // steps)
 
 
 def _with_peers(setup: Setup, peers: int) -> Setup:
@@ -198,17 +216,16 @@ def churn(base: Setup, results: Results) -> Part:
         "absent 10 %": Weather(absent=0.1),
         "absent 60 %": Weather(absent=0.6),
         "absent 60 %, 20 rounds on end": Weather(absent=0.6, spell=20),
-        "partial 30 %": Weather(partial=0.3, steps_min=6),
+        "partial 1 of 6": Weather(partial=1 / 6),
         "all partial": Weather(partial=1.0),
         "absent 10 %, 7 rounds on end, partial 30 %": Weather(absent=0.1, spell=7, partial=0.3, steps_min=6),
         "late 10 %": Weather(late=0.1),
         "late 60 %": Weather(late=0.6),
         "late 60 %, drained": Weather(late=0.6, drained=True),
-        "moments lost 10 %": Weather(forgetful=0.1),
         "moments and residual lost 10 %": Weather(forgetful=0.1, forgets_residual=True),
     }
     trials = [Trial(label, replace(CHAOS, weather=weather)) for label, weather in causes.items()]
-    trials += [Trial(f"calm, {peers} peers", _with_peers(CHAOS, peers)) for peers in (2, 5)]
+    trials += [Trial(f"calm, {peers} peers", _with_peers(CHAOS, peers)) for peers in (2, 3, 5)]
     return Part("What does an unsteady swarm lose at equal accepted tokens?", tuple(trials))
 
 
@@ -217,6 +234,8 @@ PARTS: dict[str, Callable[[Setup, Results], Part]] = {
     "tune": tune,
     "headline": headline,
     "late": late,
+    "late-kinds": late_kinds,
+    "late-thin": late_thin,
     "ablations": ablations,
     "headline8": headline8,
 }
