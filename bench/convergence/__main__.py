@@ -20,7 +20,7 @@ from bench.convergence import corpus, plots, table
 from bench.convergence.results import Results
 from bench.convergence.setup import Setup
 from bench.convergence.suite import PARTS, SIZES, NotTunedError, Part
-from bench.convergence.training import Point, Result, train
+from bench.convergence.training import Point, Result, spent, train
 from peer.data.prepare import Dataset
 
 
@@ -58,7 +58,7 @@ class Runner:
         began_s = time.monotonic()
 
         def tell(point: Point) -> None:
-            share = (point.accepted if setup.until == "accepted" else point.trained) / setup.budget
+            share = spent(setup, point.round, point.trained, point.accepted) / setup.budget
             left_s = (time.monotonic() - began_s) * max(0.0, 1 / share - 1)
             if sys.stdout.isatty():
                 sys.stdout.write(f"\r  {share:4.0%}, loss {point.loss:.4f}, {left_s:.0f} s left  ")

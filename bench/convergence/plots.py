@@ -17,7 +17,7 @@ from bench.convergence.results import Results
 from bench.convergence.suite import Part, Trial
 from bench.convergence.training import Point, Result
 
-WIDTH_IN, HEIGHT_IN, DPI = 7.2, 4.4, 150
+WIDTH_IN, HEIGHT_IN, DPI = 7.2, 5.0, 150
 SKIPPED = 0.15  # the first part of a curve, where all fall steeply, would squeeze the rest
 
 
@@ -33,7 +33,12 @@ def draw(parts: Mapping[str, Part], results: Results, folder: Path, size: str) -
         if name == "ablations":
             figures = {name: _bars(part, done, results)}
         else:
-            figures = {f"{name}-tokens": _curves(part, done, results, "tokens, millions", _tokens)}
+            # What is compared at equal accepted tokens is drawn over them.
+            at_accepted = part.trials[0].setup.until == "accepted"
+            label, x_of = (
+                ("accepted tokens, millions", _accepted) if at_accepted else ("trained tokens, millions", _trained)
+            )
+            figures = {f"{name}-tokens": _curves(part, done, results, label, x_of)}
         if name.startswith("headline"):
             figures[f"{name}-bytes"] = _curves(part, done, results, "bytes up a peer, megabytes", _megabytes, log=True)
         for stem, figure in figures.items():
@@ -49,7 +54,11 @@ def _of(trial: Trial, part: Part, results: Results) -> list[Result]:
     return [result for result in results.seeds(trial.setup) if result.seed in part.seeds and math.isfinite(result.loss)]
 
 
-def _tokens(point: Point) -> float:
+def _trained(point: Point) -> float:
+    return point.trained / 1e6
+
+
+def _accepted(point: Point) -> float:
     return point.accepted / 1e6
 
 
@@ -91,7 +100,7 @@ def _curves(
         axes.set_xscale("log")
     axes.set_xlabel(xlabel)
     axes.set_ylabel("validation loss, nats a byte")
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 

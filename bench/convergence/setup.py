@@ -73,10 +73,12 @@ class Setup:
     """Each peer trains on one kind of text instead of on all kinds."""
     weather: Weather = Weather()
     until: str = "trained"
-    """Whether the run ends when the budget is trained, or when packets with so many tokens were accepted."""
+    """The run ends when the budget is trained, when so many tokens were accepted, or after as many rounds."""
 
     def __post_init__(self) -> None:
-        assert self.method in METHODS and self.quantizer in QUANTIZERS and self.until in ("trained", "accepted")
+        assert (
+            self.method in METHODS and self.quantizer in QUANTIZERS and self.until in ("trained", "accepted", "rounds")
+        )
 
     @property
     def budget(self) -> int:

@@ -143,6 +143,8 @@ def late(base: Setup, results: Results) -> Part:
     """Does it pay to keep what a late packet took out of the residual?"""
     setup = ours(base, results)
     trials = [Trial(label, replace(setup, weather=weather)) for label, weather in LATE.items()]
+    # What the late ones' work is worth: nobody is late, and as many have not trained at all.
+    trials.append(Trial("30 % absent, as many rounds", replace(setup, until="rounds", weather=Weather(absent=0.3))))
     return Part("Late packets: conserve the residual or drain it?", tuple(trials))
 
 

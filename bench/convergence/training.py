@@ -42,6 +42,12 @@ class Result:
         return self.curve[-1].loss
 
 
+def spent(setup: Setup, round: int, trained: int, accepted: int) -> int:
+    """How much of the setup's budget is used up, in tokens."""
+    by_rounds = round * setup.budget // setup.rounds
+    return {"trained": trained, "accepted": accepted, "rounds": by_rounds}[setup.until]
+
+
 def train(
     setup: Setup,
     seed: int,
@@ -67,7 +73,7 @@ def train(
             round += 1
             cost = method.round(round, next(fates))
             sums = Cost(*(getattr(sums, part.name) + getattr(cost, part.name) for part in dataclasses.fields(Cost)))
-            before, counted = counted, sums.accepted if setup.until == "accepted" else sums.trained
+            before, counted = counted, spent(setup, round, sums.trained, sums.accepted)
             if before // every != counted // every or counted >= setup.budget:
                 up = sums.bytes_up // setup.peers
                 curve.append(Point(round, sums.trained, sums.accepted, up, sums.bytes_down, loss()))
