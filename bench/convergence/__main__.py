@@ -42,7 +42,7 @@ class Runner:
             ]
             if not missing:
                 return True
-            trial, seed = missing[0]
+            trial, seed = next((one for one in missing if one[0].label in part.urgent), missing[0])
             if time.time() + self._expected_s(trial.setup) > self.deadline_s:
                 print(f"{name}: {len(missing)} trainings are left for the next time")
                 return False

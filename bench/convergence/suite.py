@@ -30,11 +30,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Part:
-    """A question and its trials. The first trial is what the others are compared with."""
+    """A question and its trials. The others are compared with the first trial. `urgent` ones are trained first."""
 
     question: str
     trials: tuple[Trial, ...]
     seeds: tuple[int, ...] = SEEDS
+    urgent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,26 +163,36 @@ def late_thin(base: Setup, results: Results) -> Part:
     return Part("Late packets, k = 32: conserve or drain?", tuple(trials))
 
 
+URGENT = (
+    "quantizer fp32",
+    "no error feedback",
+    "H = 40",
+    "H = 5",
+    "alpha = 1.0",
+    "half of the steps ahead",
+    "beta = 1.0",
+)
+"""The ablations that decide most."""
+
+
 def ablations(base: Setup, results: Results) -> Part:
     """One setting changed at a time."""
     setup = ours(base, results)
     trials = [Trial("default", setup)]
-    trials += [Trial(f"k = {k}", replace(setup, k=k)) for k in (64, 512, 32, 256, 16)]
+    trials += [Trial(f"k = {k}", replace(setup, k=k)) for k in (16, 32, 64, 256, 512)]
     trials += [
-        Trial("quantizer fp32", replace(setup, quantizer="fp32")),
+        *(Trial(f"quantizer {kind}", replace(setup, quantizer=kind)) for kind in ("1 bit", "global grid", "fp32")),
         Trial("no error feedback", replace(setup, error_feedback=False)),
-        *(Trial(f"H = {steps}", _with_steps(setup, steps)) for steps in (5, 40, 20, 80)),
-        *(Trial(f"beta = {beta}", replace(setup, beta=beta)) for beta in (0.9, 1.0, 0.99, 0.8)),
+        *(Trial(f"beta = {beta}", replace(setup, beta=beta)) for beta in (0.8, 0.9, 0.99, 1.0)),
         *(Trial(f"alpha = {alpha}", replace(setup, outer_rate=alpha)) for alpha in (0.5, 0.7, 1.0, 1.4)),
+        *(Trial(f"H = {steps}", _with_steps(setup, steps)) for steps in (5, 20, 40, 80)),
         Trial("half of the steps ahead", replace(setup, ahead=setup.steps // 2)),
-        *(Trial(f"R = {peers}, equal tokens", _with_peers(setup, peers)) for peers in (8, 2, 16)),
-        Trial("quantizer 1 bit", replace(setup, quantizer="1 bit")),
-        Trial("quantizer global grid", replace(setup, quantizer="global grid")),
+        *(Trial(f"R = {peers}, equal tokens", _with_peers(setup, peers)) for peers in (2, 8, 16)),
         Trial("one kind of text a peer", replace(setup, domains=True)),
     ]
     seen = dict.fromkeys(trial.setup for trial in trials)
     once = [next(trial for trial in trials if trial.setup == setup) for setup in seen]
-    return Part("What does each setting do?", tuple(once), (0,))
+    return Part("What does each setting do?", tuple(once), (0,), URGENT)
 
 
 def _with_steps(setup: Setup, steps: int) -> Setup:
