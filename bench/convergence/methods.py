@@ -101,15 +101,14 @@ class SparseLoCo:
             if self.setup.ahead:
                 self._train_ahead(peer, round)
             up += packet_bytes(self.run, round, sections)
-            if fate.late and not self.setup.weather.drained:
-                replica.restore()
+            if fate.late:
+                self._miss(replica)
                 continue
             replica.commit()
-            if not fate.late:
-                tokens = fate.steps * tokens_a_step
-                accepted += tokens
-                packets.append(sections)
-                weights.append(weight_of(tokens, self.run.nominal_tokens))
+            tokens = fate.steps * tokens_a_step
+            accepted += tokens
+            packets.append(sections)
+            weights.append(weight_of(tokens, self.run.nominal_tokens))
         rules, outer = self.run.compression, self.run.outer
         update = codec.merge(
             packets,
@@ -138,6 +137,13 @@ class SparseLoCo:
         batches = self.windows.of(peer, round, done, fate.steps)
         trained = replica.train_steps(round, batches, lambda: False, lambda _steps, _loss: None, done)
         return trained.tokens + done * self.setup.batch * self.setup.sequence
+
+    def _miss(self, replica: Replica) -> None:
+        """A packet missed its round: what it took out of the residual returns, or a share of it."""
+        returned, left = self.setup.weather.returned, replica.residual.clone()
+        replica.restore()
+        if returned < 1:
+            replica.residual.mul_(returned).add_(left, alpha=1 - returned)
 
     def _train_ahead(self, peer: int, round: int) -> None:
         """Do the first steps of the next round before this one's update is there."""

@@ -25,8 +25,8 @@ class Weather:
     absent: float = 0.0
     spell: float = 1.0
     late: float = 0.0
-    drained: bool = False
-    """A late packet's values are lost, as in the published reference, and do not return to the residual."""
+    returned: float = 1.0
+    """Share of a late packet's values that returns to the residual: all as peers do, or none as in the reference."""
     partial: float = 0.0
     steps_min: int = 1
     forgetful: float = 0.0

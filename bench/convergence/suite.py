@@ -136,7 +136,8 @@ def ours(base: Setup, results: Results) -> Setup:
 LATE = {
     "all in time": Weather(),
     "30 % late, conserved": Weather(late=0.3),
-    "30 % late, drained": Weather(late=0.3, drained=True),
+    "30 % late, half returns": Weather(late=0.3, returned=0.5),
+    "30 % late, drained": Weather(late=0.3, returned=0.0),
 }
 
 
@@ -164,13 +165,8 @@ def late_thin(base: Setup, results: Results) -> Part:
 
 
 URGENT = (
-    "quantizer fp32",
-    "no error feedback",
-    "H = 40",
-    "H = 5",
-    "alpha = 1.0",
-    "half of the steps ahead",
-    "beta = 1.0",
+    *("quantizer fp32", "no error feedback", "H = 40", "H = 5", "alpha = 1.0", "half of the steps ahead", "beta = 1.0"),
+    *("alpha = 0.5", "beta = 0.9", "R = 8, equal tokens", "R = 2, equal tokens"),
 )
 """The ablations that decide most."""
 
@@ -234,7 +230,7 @@ def churn(base: Setup, results: Results) -> Part:
         "absent 10 %, 7 rounds on end, partial 30 %": Weather(absent=0.1, spell=7, partial=0.3, steps_min=6),
         "late 10 %": Weather(late=0.1),
         "late 60 %": Weather(late=0.6),
-        "late 60 %, drained": Weather(late=0.6, drained=True),
+        "late 60 %, drained": Weather(late=0.6, returned=0.0),
         "moments and residual lost 10 %": Weather(forgetful=0.1, forgets_residual=True),
     }
     trials = [Trial(label, replace(CHAOS, weather=weather)) for label, weather in causes.items()]

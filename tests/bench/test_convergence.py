@@ -70,19 +70,20 @@ def test_without_momentum_and_without_loss_both_outer_steps_are_the_mean(kinds: 
 
 def test_a_late_packet_returns_to_the_residual_or_is_lost(kinds: list[Dataset]) -> None:
     residuals = {}
-    for drained in (False, True):
-        setup = replace(TINY, weather=Weather(late=0.3, drained=drained))
+    for returned in (0.0, 0.5, 1.0):
+        setup = replace(TINY, weather=Weather(late=0.3, returned=returned))
         method = method_of(setup, kinds, 0)
         assert isinstance(method, SparseLoCo)
         cost = method.round(1, [Fate(setup.steps), Fate(setup.steps, late=True)])
         assert cost.accepted * 2 == cost.trained == 2 * setup.steps * setup.batch * setup.sequence
-        residuals[drained] = method.replicas[1].residual.numpy().copy()
+        residuals[returned] = method.replicas[1].residual.numpy().copy()
     (alone,) = replicas_of(run_of(TINY), 1)
     batches = Windows(TINY, alone.run, kinds, 0).of(1, 1, 0, TINY.steps)
     alone.train_steps(1, batches, lambda: False, lambda _steps, _loss: None)
     acc = acc_of(alone)
-    assert np.array_equal(residuals[False], acc)
-    assert np.linalg.norm(residuals[True]) < np.linalg.norm(acc)
+    assert np.array_equal(residuals[1.0], acc)
+    assert np.linalg.norm(residuals[0.0]) < np.linalg.norm(acc)
+    assert np.allclose(residuals[0.5], (acc + residuals[0.0]) / 2, atol=1e-7)
 
 
 def test_steps_ahead_are_trained_once(kinds: list[Dataset]) -> None:
