@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -106,7 +107,7 @@ class Loop:
                 states.append(self.inner.flat.values.numpy().copy())
                 times.append(time.monotonic())
             if step + 1 == total_steps:
-                np.savez(self.plan.states_path, states=np.stack(states), times=np.array(times))
+                save_file({"states": np.stack(states), "times": np.array(times)}, self.plan.states_path)
                 print(json.dumps(self.averagings()), flush=True)
 
 

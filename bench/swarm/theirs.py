@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from bench.swarm.case import Case, Point, Went, looked_at
 from bench.swarm.links import IP, Network, processes
@@ -47,7 +48,7 @@ def train(case: Case, trained: Trained, folder: Path, side: str) -> Went:
                 step_s=case.step_s,
                 matchmaking_s=case.matchmaking_s,
                 steps_path=str(folder / f"{name}.steps"),
-                states_path=str(folder / f"{name}.npz"),
+                states_path=str(folder / f"{name}.safetensors"),
             )
             plan.save(folder / f"{name}.json")
             started.append(_start(network, name, side, folder / name))
@@ -69,7 +70,7 @@ def _told(case: Case, trained: Trained, folder: Path, sampler: Sampler, side: st
     steps = {name: steps_of(folder / f"{name}.steps")[:all_steps] for name in case.peers}
     began_s = min(each[0].began_s for each in steps.values())
     bench = Bench(trained.run, trained.data, threads=1)
-    files = [np.load(folder / f"{name}.npz") for name in case.peers]
+    files = [load_file(folder / f"{name}.safetensors") for name in case.peers]
     states = [file["states"] for file in files]
     times = np.stack([file["times"] for file in files])
     genesis = bench.replica.outer.numpy().copy()
