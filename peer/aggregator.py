@@ -607,19 +607,17 @@ class Aggregator:
 
     def _history(self, steps: int) -> ArrivalHistory:
         """When the packets of the last rounds came; those of so many inner steps tell how long such a packet takes."""
-        history, before_ms = ArrivalHistory(), dict[bytes, int]()
+        history = ArrivalHistory()
         for row in self._folder.journal.records(max(1, self.head.round - HISTORY_ROUNDS + 1), self.head.round):
             record, packets = RoundRecord.from_bytes(row.data), self._folder.journal.packets(row.round)
             counted_ms = {packet.peer: packet.arrived_ms for packet in packets if packet.verdict == Verdict.ACCEPTED}
             whole = {entry.peer for entry in accepted(record.entries) if entry.inner_steps >= steps}
-            whole_ms = {peer: at_ms for peer, at_ms in counted_ms.items() if peer in whole}
-            cycles_ms = [at_ms - before_ms[peer] for peer, at_ms in whole_ms.items() if peer in before_ms]
             history = history.add(
                 [max(0, arrived_ms - record.opened_ms) / 1000 for arrived_ms in counted_ms.values()],
-                [max(0, cycle_ms) / 1000 for cycle_ms in cycles_ms],
+                {peer: arrived_ms / 1000 for peer, arrived_ms in counted_ms.items() if peer in whole},
             )
-            before_ms = whole_ms
-        return history
+        # The journal goes by the wall clock, the rounds to come by another one.
+        return ArrivalHistory(history.arrivals_s, history.cycles_s)
 
 
 def _tell(queues: Iterable[asyncio.Queue[WatchEvent]], event: WatchEvent) -> None:

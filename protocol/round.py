@@ -6,8 +6,8 @@ decreases. SPEC "Round rules" says what they promise to others; here is how.
 """
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from protocol.errors import Code, ProtocolError
 from protocol.identity import NO_DIGEST
@@ -134,12 +134,17 @@ class ArrivalHistory:
 
     arrivals_s: tuple[float, ...] = ()
     cycles_s: tuple[float, ...] = ()
+    whole_at_s: Mapping[bytes, float] = field(default_factory=dict)
+    """When the packets of the newest round came that had all their inner steps, by peer, on the clock of `add`."""
 
-    def add(self, arrivals_s: Sequence[float], cycles_s: Sequence[float] = ()) -> "ArrivalHistory":
+    def add(self, arrivals_s: Sequence[float], whole_at_s: Mapping[bytes, float] | None = None) -> "ArrivalHistory":
         """Append one round."""
+        whole_at_s, before_s = whole_at_s or {}, self.whole_at_s
+        cycles_s = [max(0.0, at_s - before_s[peer]) for peer, at_s in whole_at_s.items() if peer in before_s]
         return ArrivalHistory(
             (*self.arrivals_s, *_thinned(arrivals_s))[-HISTORY_MAX:],
             (*self.cycles_s, *_thinned(cycles_s))[-HISTORY_MAX:],
+            whole_at_s,
         )
 
     def grace_s(self, elapsed_s: float, rules: RoundConfig) -> float:
@@ -204,8 +209,7 @@ class AggregatorRound:
         self._returning = returning
         self._unknown = bool(taken_up) and not returning
         self._arrivals_s: list[float] = []
-        self._before: dict[bytes, float] = {}  # when packets with all their inner steps came, in the round before
-        self._whole: dict[bytes, float] = {}
+        self._whole_at_s: dict[bytes, float] = {}
         self._offers: dict[bytes, int] = {}  # whom to ask for fewer inner steps, or soon: it missed a round
         self._refused: dict[bytes, Refused] = {}
         self._started = round > 1 or len(members) >= run.rounds.start_peers
@@ -228,7 +232,7 @@ class AggregatorRound:
         `run` has the settings of that round, which amendments may have changed."""
         assert self.closed, "a round opens when the one before it has closed"
         later = AggregatorRound(run, self.round + 1, base_root, opened_s, members=self.members, history=self.history)
-        later._before, later._offers = self._whole, self._next_offers()
+        later._offers = self._next_offers()
         return later
 
     def steps_for(self, peer: bytes) -> int:
@@ -292,7 +296,7 @@ class AggregatorRound:
             self._accepted[event.peer] = event
             self._arrivals_s.append(now_s - self.started_s)
             if event.inner_steps >= self.run.inner.steps:
-                self._whole[event.peer] = now_s
+                self._whole_at_s[event.peer] = now_s
             earlier = self._refused.get(event.peer)
             if earlier is not None and earlier.digest == event.digest:
                 del self._refused[event.peer]
@@ -363,8 +367,7 @@ class AggregatorRound:
         if kind != Kind.APPLIED:
             self._accepted.clear()
         self.closed = True
-        cycles_s = [at_s - self._before[peer] for peer, at_s in self._whole.items() if peer in self._before]
-        self.history = self.history.add(self._arrivals_s, cycles_s)
+        self.history = self.history.add(self._arrivals_s, self._whole_at_s)
         return Close(kind, reason, tuple(sorted(submissions, key=lambda item: (item.peer, item.digest))))
 
 
