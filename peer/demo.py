@@ -7,7 +7,6 @@ figures come from their event logs, the ledger and the stored parameters.
 import asyncio
 import dataclasses
 import json
-import math
 import signal
 import socket
 import sys
@@ -22,6 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from peer.errors import UserCode, UserError
+from peer.losses import bits_per_byte, perplexity
 from peer.operator import OperatorFolder, RunPlace, new_run, read_settings
 from peer.report import Curve, Summary, summary_table, write_report
 from peer.store import Home, RunFolder
@@ -321,8 +321,8 @@ def _summary(
     return Summary(
         initial_val_loss=losses.initial,
         final_val_loss=losses.final,
-        final_perplexity=math.exp(losses.final),
-        final_bits_per_byte=losses.final / math.log(2) / losses.bytes_per_token,
+        final_perplexity=perplexity(losses.final),
+        final_bits_per_byte=bits_per_byte(losses.final, losses.bytes_per_token),
         solo_val_loss=losses.solo,
         rounds=rounds,
         peers=peers,

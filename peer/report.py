@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ class Summary:
     """Validation loss of the parameters that everybody started from."""
     final_val_loss: float
     """Validation loss of the parameters that everybody holds at the end."""
-    final_perplexity: float
-    """e to that loss: among how many equally likely tokens the model chooses, so to speak."""
+    final_perplexity: float | None
+    """e to that loss; None where no double holds it."""
     final_bits_per_byte: float
     """That loss as bits a byte of the held-out text, whatever the tokenizer is."""
     solo_val_loss: float
@@ -82,6 +83,7 @@ def summary_json(summary: Summary) -> str:
 def summary_table(summary: Summary, state_roots: Mapping[str, str]) -> Table:
     """The table for people; `state_roots` maps each participant to the root (hex) that it ended with."""
     gain = summary.initial_val_loss - summary.final_val_loss
+    perplexity = math.inf if summary.final_perplexity is None else summary.final_perplexity
     against_solo = summary.solo_val_loss - summary.final_val_loss
     table = Table(title="What the swarm did", show_header=False, min_width=72)
     table.add_column(style="bold", no_wrap=True)
@@ -90,7 +92,7 @@ def summary_table(summary: Summary, state_roots: Mapping[str, str]) -> Table:
     rows = [
         ("validation loss, before", f"{summary.initial_val_loss:.3f} nats a token"),
         ("validation loss, after", f"{summary.final_val_loss:.3f} ({_difference(gain)})"),
-        ("the same", f"perplexity {summary.final_perplexity:.2f}, {summary.final_bits_per_byte:.3f} bits a byte"),
+        ("the same", f"perplexity {perplexity:.2f}, {summary.final_bits_per_byte:.3f} bits a byte"),
         ("one peer alone, same tokens", f"{summary.solo_val_loss:.3f} (the swarm is {_difference(against_solo)})"),
         ("peers, rounds", f"{summary.peers}, {summary.rounds}"),
         ("parameters", f"{summary.parameters:,}"),

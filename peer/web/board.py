@@ -4,7 +4,6 @@
 What only the aggregator's memory knows (who is connected, which round is open) comes beside it as `Live`.
 """
 
-import math
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from peer.amendments import stored_amendments
 from peer.errors import UserCode, UserError
 from peer.journal import PacketRow
+from peer.losses import bits_per_byte, perplexity
 from peer.stored import Stored, find_stores
 from protocol.amendment import Amendments
 from protocol.errors import ProtocolError
@@ -355,9 +355,8 @@ def alarms(view: View, live: Live, now_ms: int) -> list[Alarm]:
 
 def with_bits(loss: Loss, live: Live) -> dict[str, float | int | None]:
     """A loss as plain values, with perplexity and, where the bytes of a token are known, bits a byte."""
-    bits = loss.loss / math.log(2) / live.bytes_per_token if live.bytes_per_token else None
-    perplexity = math.exp(loss.loss) if loss.loss < 700 else None  # beyond that no double holds it
-    return {"round": loss.round, "loss": loss.loss, "perplexity": perplexity, "bits_per_byte": bits}
+    bits = bits_per_byte(loss.loss, live.bytes_per_token) if live.bytes_per_token else None
+    return {"round": loss.round, "loss": loss.loss, "perplexity": perplexity(loss.loss), "bits_per_byte": bits}
 
 
 def known_bytes_per_token(run: RunConfig) -> float | None:
