@@ -122,8 +122,7 @@ class SparseLoCo:
         )
         for replica in self.replicas:
             replica.apply(update)
-        made = make_update(self.run, round, self.run.genesis_root, self.run.genesis_root, update)
-        return Cost(trained, accepted, up, len(update_to_wire(made, self.run)))
+        return Cost(trained, accepted, up, update_bytes(self.run, round, update))
 
     def _train(self, peer: int, round: int, fate: Fate) -> int:
         replica = self.replicas[peer]
@@ -292,15 +291,19 @@ class DeMo:
         values = self.replica.flat.values
         values.mul_(1 - rate * self.run.inner.weight_decay * self._decays).add_(moved.sign(), alpha=rate)
         up = sum(packet_bytes(self.run, 1, sections) for sections in packets)
-        made = make_update(self.run, 1, self.run.genesis_root, self.run.genesis_root, update)
         trained = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
-        return Cost(trained, trained, up, len(update_to_wire(made, self.run)))
+        return Cost(trained, trained, up, update_bytes(self.run, 1, update))
 
 
 def packet_bytes(run: RunConfig, round: int, sections: Sequence[bytes]) -> int:
     """Bytes of the packet in transport form, header and signature included."""
     root, tokens, steps = run.genesis_root, run.nominal_tokens, run.inner.steps
     return len(packet_to_wire(make_packet(run, OPERATOR, round, root, tokens, steps, list(sections)), run))
+
+
+def update_bytes(run: RunConfig, round: int, update: list[bytes]) -> int:
+    """Bytes of the update in transport form."""
+    return len(update_to_wire(make_update(run, round, run.genesis_root, run.genesis_root, update), run))
 
 
 def method_of(setup: Setup, corpora: Sequence[Dataset], seed: int) -> Method:

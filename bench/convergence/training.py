@@ -65,6 +65,9 @@ def train(
         each = [judge.evaluate(text.validation_batches(EVAL_WINDOWS, EVAL_BATCH)) for text in corpora]
         return sum(each) / len(each)
 
+    def point(loss: float) -> Point:
+        return Point(round, sums.trained, sums.accepted, sums.bytes_up // setup.peers, sums.bytes_down, loss)
+
     every = max(1, setup.budget // points)
     sums, curve, round = Cost(0, 0, 0, 0), [Point(0, 0, 0, 0, 0, loss())], 0
     fates, counted = fates_of(setup, seed), 0
@@ -75,10 +78,8 @@ def train(
             sums = Cost(*(getattr(sums, part.name) + getattr(cost, part.name) for part in dataclasses.fields(Cost)))
             before, counted = counted, spent(setup, round, sums.trained, sums.accepted)
             if before // every != counted // every or counted >= setup.budget:
-                up = sums.bytes_up // setup.peers
-                curve.append(Point(round, sums.trained, sums.accepted, up, sums.bytes_down, loss()))
+                curve.append(point(loss()))
                 on_point(curve[-1])
     except ValueError:  # diverged
-        up = sums.bytes_up // setup.peers
-        curve.append(Point(round, sums.trained, sums.accepted, up, sums.bytes_down, float("inf")))
+        curve.append(point(float("inf")))
     return Result(setup, seed, method.run.layout.size, tuple(curve), time.process_time() - began_s)

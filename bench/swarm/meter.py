@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from bench.swarm.links import Network, enter, processes
-from peer.core.inner import InnerOptimizer
+from tests.chaos.boundaries import around_inner_steps
 
 EVERY_S = 1.0
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
@@ -90,12 +89,7 @@ class PacedMachine:
     def install(self) -> None:
         """Enter it and put the Pacer around the inner optimizer's step."""
         _settle_in(self.namespace)
-        step, pacer = InnerOptimizer.step, Pacer(self.path, self.step_s)
-
-        def paced(inner: InnerOptimizer, tokens: Tensor, number: int, micro_batch: int) -> float:
-            return pacer.step(lambda: step(inner, tokens, number, micro_batch))
-
-        InnerOptimizer.step = paced  # type: ignore[method-assign,assignment]  # a shim for it
+        around_inner_steps(Pacer(self.path, self.step_s).step)
 
 
 @dataclass(frozen=True)

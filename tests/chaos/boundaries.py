@@ -188,15 +188,25 @@ class Paced:
     step_s: float
 
     def install(self) -> None:
-        step, due_s = InnerOptimizer.step, 0.0
+        due_s = 0.0
 
-        def paced(inner: InnerOptimizer, tokens: Tensor, number: int, micro_batch: int) -> float:
+        def paced(work: Callable[[], float]) -> float:
             nonlocal due_s
             now_s = time.monotonic()
             # What a busy machine delays by less than a step is caught up with.
             due_s = self.step_s + (due_s if 0 <= now_s - due_s < self.step_s else now_s)
-            loss = step(inner, tokens, number, micro_batch)
+            loss = work()
             time.sleep(max(0.0, due_s - time.monotonic()))
             return loss
 
-        InnerOptimizer.step = paced  # type: ignore[method-assign,assignment]  # a shim for it
+        around_inner_steps(paced)
+
+
+def around_inner_steps(do: Callable[[Callable[[], float]], float]) -> None:
+    """From now on let `do` do each inner step of this process, and return its loss."""
+    step = InnerOptimizer.step
+
+    def done(inner: InnerOptimizer, tokens: Tensor, number: int, micro_batch: int) -> float:
+        return do(lambda: step(inner, tokens, number, micro_batch))
+
+    InnerOptimizer.step = done  # type: ignore[method-assign,assignment]  # a shim for it
